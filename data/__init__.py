@@ -1,0 +1,1 @@
+"""What a record is, how shards are written, and in which order records come."""

@@ -1,0 +1,1 @@
+"""Starts things: the command line and the configuration. Imports no torch at module level."""
