@@ -1,0 +1,69 @@
+"""Blocked search equals sorting the whole score matrix, ties included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.topk import top_k
+
+
+def _reference(queries: torch.Tensor, passages: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    scores = queries.numpy() @ passages.numpy().T
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), order
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    m=st.integers(1, 40),
+    k=st.integers(1, 45),
+    query_block=st.integers(1, 10),
+    passage_block=st.integers(1, 41),
+    seed=st.integers(0, 10_000),
+)
+def test_any_blocks_give_the_stable_order_of_the_whole_matrix(n, m, k, query_block, passage_block, seed) -> None:
+    random = torch.Generator().manual_seed(seed)
+    queries = torch.randint(-2, 3, (n, 3), generator=random).float()  # small integers: exact products, many ties
+    passages = torch.randint(-2, 3, (m, 3), generator=random).float()
+    scores, numbers = top_k(queries, passages, k, query_block=query_block, passage_block=passage_block)
+    right_scores, right_numbers = _reference(queries, passages, k)
+    np.testing.assert_array_equal(numbers.numpy(), right_numbers)
+    np.testing.assert_array_equal(scores.numpy(), right_scores)
+
+
+def test_equal_passages_come_in_their_own_order_across_blocks() -> None:
+    passages = torch.ones(10, 2)
+    _, numbers = top_k(torch.ones(3, 2), passages, 4, passage_block=3)
+    assert numbers.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("passage_block", [7, 1000])
+def test_real_vectors_find_their_nearest(passage_block: int) -> None:
+    random = torch.Generator().manual_seed(1)
+    passages = torch.nn.functional.normalize(torch.randn(500, 16, generator=random), dim=1)
+    queries = passages[[17, 401]] + 0.01 * torch.randn(2, 16, generator=random)
+    scores, numbers = top_k(queries, passages, 5, passage_block=passage_block)
+    right_scores, right_numbers = _reference(queries, passages, 5)
+    assert numbers[:, 0].tolist() == [17, 401]
+    np.testing.assert_array_equal(numbers.numpy(), right_numbers)
+    np.testing.assert_allclose(scores.numpy(), right_scores, atol=1e-6)
+
+
+def test_memory_stays_at_a_block_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    product = torch.Tensor.__matmul__
+
+    def watched(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        result = product(left, right)
+        largest = max(largest, result.numel())
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    top_k(torch.randn(64, 4), torch.randn(300, 4), 2, query_block=8, passage_block=20)
+    assert largest == 8 * 20
