@@ -1,0 +1,71 @@
+"""Runs a function in n processes joined by gloo, as n ranks on one machine."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+
+def run(function: Callable[..., Any], world: int, folder: Path, *args: Any, timeout_seconds: float = 240) -> list[Any]:
+    """Call function(*args) on `world` ranks and return their results in rank order.
+
+    The ranks meet through a file, not a port, so that two test runs never meet each other. `function` must be
+    importable (defined at a module's top level) and its result picklable.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    rendezvous = f"file://{folder / f'rendezvous-{function.__name__}-{world}-{os.urandom(4).hex()}'}"
+    processes = [
+        context.Process(target=_rank, args=(rank, world, rendezvous, results, function, args), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        outcomes = _collect(processes, results, timeout_seconds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [outcomes[rank] for rank in range(world)]
+
+
+def _collect(processes: list[Any], results: Any, timeout_seconds: float) -> dict[int, Any]:
+    import time
+
+    outcomes: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_seconds
+    while len(outcomes) < len(processes):
+        while not results.empty():
+            rank, ok, value = results.get()
+            if not ok:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            outcomes[rank] = value
+        for rank, process in enumerate(processes):
+            if rank not in outcomes and process.exitcode not in (None, 0):
+                raise AssertionError(f"rank {rank} ended with exit code {process.exitcode}")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"ranks {sorted(set(range(len(processes))) - set(outcomes))} gave no answer in time")
+        time.sleep(0.02)
+    return outcomes
+
+
+def _rank(rank: int, world: int, rendezvous: str, results: Any, function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29611", DS_ACCELERATOR="cpu")
+    torch.set_num_threads(1)
+    try:
+        from trainer import distributed
+
+        distributed.start(torch.device("cpu"), 120, rendezvous)
+        results.put((rank, True, function(*args)))
+        distributed.stop()
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+        raise

@@ -1,0 +1,175 @@
+"""Every collective of the project, each with one line on why all ranks reach it. The only door to torch.distributed.
+
+Without a process group (a single process that started none) every function answers for a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank this process is, as its launcher says: torchrun, deepspeed or srun."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+
+def place() -> Place:
+    """Read the rank from the environment: RANK, WORLD_SIZE, LOCAL_RANK, else Slurm's variables.
+
+    Raises:
+        UserError: the variables are incomplete or contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    try:
+        values = [int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True)]
+    except ValueError as error:
+        raise UserError(f"{'/'.join(names)}: {error}; start ranks with deepspeed, torchrun or srun") from None
+    here = Place(*values)
+    if not 0 <= here.rank < here.world:
+        raise UserError(f"{names[0]}={here.rank} is not below {names[1]}={here.world}; unset both for a single process")
+    return here
+
+
+def start(device: torch.device, timeout_seconds: float, rendezvous: str = "") -> Place:
+    """Join the process group of this job and return this process's place in it.
+
+    Args:
+        device: CUDA adds NCCL for its tensors; host tensors always travel over gloo.
+        timeout_seconds: how long a collective may wait for a rank.
+        rendezvous: an init method such as file:///path, for tests; the default is MASTER_ADDR and MASTER_PORT.
+    """
+    here = place()
+    if dist.is_initialized():
+        return here
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if here.world == 1 and not rendezvous:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return here
+    _complete_rendezvous(here)
+    init_method = rendezvous or "env://"
+    dist.init_process_group(backend, init_method=init_method, rank=here.rank, world_size=here.world, timeout=timeout)
+    return here
+
+
+def _complete_rendezvous(here: Place) -> None:
+    """Fill in what DeepSpeed and torch read from the environment, and what Slurm leaves out."""
+    for name, value in (("RANK", here.rank), ("WORLD_SIZE", here.world), ("LOCAL_RANK", here.local_rank)):
+        os.environ.setdefault(name, str(value))
+    if "MASTER_ADDR" not in os.environ:
+        if int(os.environ.get("SLURM_NNODES", "1")) > 1:
+            raise UserError("MASTER_ADDR is not set: start with slurm/pretrain.sh, or export the first node's address")
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "9500")) % 40000))
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+    except OSError:
+        raise UserError(f"MASTER_ADDR={os.environ['MASTER_ADDR']} does not resolve; give the address itself") from None
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Stack the rows of all ranks in rank order: [n, ...] -> [W n, ...]. Every rank holds the same n.
+
+    The backward sums what all ranks did with a row and hands the sum to its owner (one reduce-scatter), so a mean
+    over each rank's own queries, averaged over ranks by the engine, has the gradient of one process that holds
+    the whole batch.
+    """
+    if world() == 1:
+        return rows
+    return _GatherRows.apply(rows) if rows.requires_grad else _all_gather(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return _all_gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        owned = grad.new_empty(len(grad) // world(), *grad.shape[1:])
+        # Every rank computes the loss of every step, so every rank comes here once per gathered column.
+        _reduce_scatter(owned, grad.contiguous())
+        return owned
+
+
+def _all_gather(rows: Tensor) -> Tensor:
+    stacked = rows.new_empty(world() * len(rows), *rows.shape[1:])
+    # torch 2.13 renames the flat collectives and warns for the old names; the lower bound 2.10 has only the old.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(stacked, rows.detach().contiguous())
+    return stacked
+
+
+def _reduce_scatter(owned: Tensor, grad: Tensor) -> None:
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(owned, grad)
+
+
+def agree_max(value: int) -> int:
+    """The largest of all ranks' values: how many chunks everyone runs where a forward is a collective."""
+    return int(_reduce([value], dist.ReduceOp.MAX)[0])
+
+
+def agree_min(value: int) -> int:
+    """The smallest of all ranks' values: how many graphs everyone has memory for."""
+    return int(_reduce([value], dist.ReduceOp.MIN)[0])
+
+
+def all_ok(ok: bool) -> bool:
+    """Whether every rank says yes: a save, a skip or a stop is decided by all or not at all."""
+    return bool(_reduce([int(ok)], dist.ReduceOp.MIN)[0])
+
+
+def any_of(flag: bool) -> bool:
+    """Whether some rank says yes: a stop request may reach one rank only."""
+    return bool(_reduce([int(flag)], dist.ReduceOp.MAX)[0])
+
+
+def sums(values: list[float]) -> list[float]:
+    """Sums over ranks, in float64, on the host: counts and figures for the log."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def _reduce(values: list[Any], op: Any) -> list[float]:
+    if world() == 1:
+        return [float(value) for value in values]
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=op)
+    return tensor.tolist()  # type: ignore[no-any-return]
+
+
+def barrier() -> None:
+    """Wait for every rank: rank 0 has made or renamed what the others open next."""
+    if world() > 1:
+        all_ok(True)

@@ -1,0 +1,311 @@
+"""A Hugging Face encoder with pooling and normalisation: texts' token ids in, one vector per text out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from data.errors import UserError
+from data.tokens import load_tokenizer
+
+POOLINGS = ("mean", "cls", "last")
+SETTINGS_FILE = "quintet.json"
+
+# Families whose attention goes through transformers' attention interface and takes positions, so that rows can be
+# packed one after the other. MPNet adds a relative bias inside its own attention, so it is run padded.
+_PACKABLE = ("bert", "xlm-roberta", "roberta", "camembert")
+
+
+class Segments(NamedTuple):
+    """Where the texts of a packed row lie: offsets int32 [n + 1], tokens of the longest, positions [1, T] from 0."""
+
+    offsets: Tensor
+    longest: int
+    positions: Tensor
+
+
+class Encoder(nn.Module):
+    """Backbone, pooling and L2 normalisation.
+
+    forward(input_ids [n, T], attention_mask [n, T] bool) embeds n padded texts;
+    forward(input_ids [1, T], segments=...) embeds packed texts, none of which sees another.
+    Both return fp32 [n, D].
+    """
+
+    def __init__(self, backbone: PreTrainedModel, pooling: str = "mean", normalize: bool = True) -> None:
+        super().__init__()
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler = None  # type: ignore[assignment]  # BERT's tanh head is no part of an embedding, and would be a parameter without use
+        self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
+        self.first_position = _first_position(backbone)
+
+    @property
+    def size(self) -> int:
+        """D, the size of an embedding."""
+        return int(self.backbone.config.hidden_size)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest text, in tokens, that the position table holds."""
+        return int(self.backbone.config.max_position_embeddings) - self.first_position
+
+    @property
+    def packable(self) -> bool:
+        """Whether texts may be packed into one row (see Segments)."""
+        return self.backbone.config.model_type in _PACKABLE
+
+    def use_packed_attention(self) -> None:
+        """Route the backbone's attention through the packed kernel; padded calls still go to SDPA."""
+        self.backbone.set_attn_implementation(_PACKED)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, segments: Segments | None = None
+    ) -> Tensor:
+        if segments is None:
+            assert attention_mask is not None, "padded texts come with their mask"
+            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
+            pooled = pool(hidden.float(), attention_mask, self.pooling)
+        else:
+            positions = segments.positions + self.first_position
+            hidden = self.backbone(input_ids=input_ids, position_ids=positions, segments=segments).last_hidden_state
+            pooled = pool_packed(hidden[0].float(), segments.offsets, self.pooling)
+        return F.normalize(pooled, dim=1) if self.normalize else pooled
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """One vector per padded text: hidden [n, T, D], mask [n, T] bool -> [n, D]. Texts are padded on the right."""
+    if pooling == "cls":
+        return hidden[:, 0]
+    lengths = mask.sum(1)
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+    return (hidden * mask[:, :, None]).sum(1) / lengths[:, None].clamp(min=1)
+
+
+def pool_packed(hidden: Tensor, offsets: Tensor, pooling: str) -> Tensor:
+    """One vector per packed text: hidden [T, D], offsets [n + 1] -> [n, D]."""
+    if pooling == "cls":
+        return hidden[offsets[:-1].long()]
+    if pooling == "last":
+        return hidden[offsets[1:].long() - 1]
+    lengths = offsets.diff().long()
+    sums = torch.segment_reduce(hidden, "sum", lengths=lengths, axis=0)
+    return sums / lengths[:, None].clamp(min=1)
+
+
+def _first_position(backbone: PreTrainedModel) -> int:
+    """0 for BERT; padding_idx + 1 for the RoBERTa family, whose position table starts behind the padding's number."""
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
+
+
+def freeze_positions(encoder: Encoder) -> int:
+    """Stop training the absolute position table, so that untrained places keep working; return its parameters."""
+    table = getattr(getattr(encoder.backbone, "embeddings", None), "position_embeddings", None)
+    if table is None:
+        return 0
+    table.weight.requires_grad_(False)
+    return int(table.weight.numel())
+
+
+# --- packed attention ------------------------------------------------------------------------------------------
+
+_PACKED = "quintet_packed"
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query, key, value [n, H, T, d] -> [n, T, H, d]."""
+    if segments is None:
+        sdpa: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    attend = _varlen if query.is_cuda else _segment_by_segment
+    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return attend(next(rows), next(rows), next(rows), segments, scaling)[None], None
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+    """[T, H, d] each; the flash kernel. It has no dropout of attention weights."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = segments.longest
+    attended = varlen_attn(query, key, value, segments.offsets, segments.offsets, longest, longest, scale=scaling)
+    assert isinstance(attended, Tensor)
+    return attended
+
+
+def _segment_by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+    """The same on the host, where there is no such kernel: one SDPA call per text."""
+    outputs = []
+    for begin, end in zip(segments.offsets[:-1].tolist(), segments.offsets[1:].tolist(), strict=True):
+        q, k, v = (tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+AttentionInterface.register(_PACKED, _packed_attention)
+AttentionMaskInterface.register(_PACKED, sdpa_mask)
+
+
+# --- building, opening and saving --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """An encoder with everything that its user must know: tokenizer, prompts, length, pooling."""
+
+    encoder: Encoder
+    tokenizer: Any
+    query_prompt: str
+    passage_prompt: str
+    max_length: int
+    name: str = ""
+
+    @property
+    def pooling(self) -> str:
+        return self.encoder.pooling
+
+    @property
+    def normalize(self) -> bool:
+        return self.encoder.normalize
+
+
+def build_random(architecture: str, vocab_size: int, padding_id: int, **sizes: Any) -> PreTrainedModel:
+    """A backbone with random weights from a transformers architecture name and its configuration's own keys.
+
+    Raises:
+        UserError: the architecture is unknown or the sizes do not fit together.
+    """
+    try:
+        config = AutoConfig.for_model(architecture, vocab_size=vocab_size, pad_token_id=padding_id, **sizes)
+        return AutoModel.from_config(config, attn_implementation="sdpa" if architecture != "mpnet" else "eager")
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model.architecture={architecture}: {error}") from None
+
+
+def load_backbone(path: str, **changes: Any) -> PreTrainedModel:
+    """Open a transformers folder or hub id, weights from safetensors only, in fp32; never runs code that comes along.
+
+    Raises:
+        UserError: there is no such model, or it has no safetensors weights.
+    """
+    try:
+        return AutoModel.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **changes
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path={path}: cannot be opened: {reason}; give a model folder or a hub id") from None
+
+
+def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model:
+    """Open a model for use: a folder written by Quintet or sentence-transformers, a transformers folder, or a hub id.
+
+    Prompts, length and pooling are read from the folder; a bare transformers model gets E5's (mean pooling,
+    "query: " and "passage: ").
+
+    Raises:
+        UserError: missing model, or one whose settings cannot be read.
+    """
+    folder = _local_folder(str(path))
+    settings = _settings(folder)
+    backbone = load_backbone(str(folder))
+    encoder = Encoder(backbone, settings.pooling, settings.normalize)
+    tokenizer = load_tokenizer(str(folder))
+    longest = min(settings.max_length or encoder.max_positions, encoder.max_positions)
+    encoder = encoder.to(device).eval()
+    return Model(encoder, tokenizer, settings.query_prompt, settings.passage_prompt, longest, Path(path).name)
+
+
+def _local_folder(path: str) -> Path:
+    """The model's folder; a hub id is fetched into the hub's own cache first."""
+    if os.path.isdir(path):
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"model={path}: the folder has no config.json; give the folder of an exported model")
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.h5", "*.onnx", "*.msgpack", "*.py", "*.pt"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model={path}: no such folder, and not to be had from the hub: {reason}") from None
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How embeddings are made from the backbone; stored beside the weights as quintet.json."""
+
+    query_prompt: str = "query: "
+    passage_prompt: str = "passage: "
+    pooling: str = "mean"
+    normalize: bool = True
+    max_length: int = 0  # 0: as long as the position table allows
+
+
+def _settings(folder: Path) -> ModelSettings:
+    try:
+        if (folder / SETTINGS_FILE).is_file():
+            return ModelSettings(**json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")))
+        if (folder / "modules.json").is_file():
+            return _sentence_transformers_settings(folder)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"model={folder}: its settings cannot be read: {error}") from None
+    return ModelSettings()
+
+
+def _sentence_transformers_settings(folder: Path) -> ModelSettings:
+    """Read the sentence-transformers layout: modules.json names the folders of its parts."""
+
+    def read(name: str) -> dict[str, Any]:
+        file = folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    parts = {str(module["type"]).rsplit(".", 1)[-1]: str(module["path"]) for module in modules}
+    unknown = sorted(set(parts) - {"Transformer", "Pooling", "Normalize"})
+    if unknown:
+        raise ValueError(f"modules.json has {', '.join(unknown)}, which this encoder does not have")
+    prompts = read("config_sentence_transformers.json").get("prompts", {})
+    settings = ModelSettings(
+        query_prompt=prompts.get("query", ""),
+        passage_prompt=prompts.get("document", prompts.get("passage", "")),
+        pooling=_pooling(read(f"{parts.get('Pooling', '1_Pooling')}/config.json")),
+        normalize="Normalize" in parts,
+    )
+    return replace(settings, max_length=int(read("sentence_bert_config.json").get("max_seq_length") or 0))
+
+
+def _pooling(config: dict[str, Any]) -> str:
+    """The pooling of a sentence-transformers folder, in the classic flags or the newer single key."""
+    classic = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
+    modes = [name for key, name in classic.items() if config.get(f"pooling_mode_{key}")]
+    modes = modes or [str(config.get("pooling_mode", "mean")).replace("lasttoken", "last")]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise ValueError(f"pooling {modes} is not one of {', '.join(POOLINGS)}")
+    return modes[0]
+
+
+def save_settings(folder: Path, settings: ModelSettings) -> None:
+    """Write quintet.json."""
+    (folder / SETTINGS_FILE).write_text(json.dumps(vars(settings), indent=2) + "\n", encoding="utf-8")

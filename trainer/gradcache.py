@@ -1,0 +1,130 @@
+"""The gradient of a loss over a whole batch, computed chunk by chunk.
+
+GradCache (Gao et al. 2021, arXiv 2101.06983): embed every chunk, take the loss's gradient at the embeddings, then
+send each chunk's part of it back through the encoder. Order inside a batch does not change the loss, so rows are
+sorted by length and cut by a token budget: padding is almost nothing. Chunks whose activations fit the memory
+budget keep their graph from the first pass; only the rest are run again, with the same dropout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.tokens import Ragged
+
+Rows = np.ndarray  # the numbers of a chunk's rows; an empty chunk takes part in a collective forward only
+
+
+def plan(lengths: np.ndarray, tokens_per_chunk: int) -> list[Rows]:
+    """Cut rows into chunks of at most `tokens_per_chunk` padded tokens, longest rows first.
+
+    The longest come first so that a run that will not fit in memory fails in its first step. A row longer than
+    the budget makes a chunk of its own. Equal lengths keep their order: the plan is a function of the lengths.
+    """
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    chunks, start = [], 0
+    while start < len(order):
+        count = max(1, tokens_per_chunk // max(1, int(lengths[order[start]])))
+        chunks.append(order[start : start + count])
+        start += count
+    return chunks
+
+
+def pad(tokens: Ragged, rows: Rows, padding_id: int = 0) -> tuple[Tensor, Tensor]:
+    """The chosen rows as a rectangle: ids [n, T] and mask [n, T] (True on tokens), T the longest chosen length."""
+    lengths = tokens.lengths[rows].astype(np.int64)
+    columns = np.arange(lengths.max(initial=1))
+    mask = columns < lengths[:, None]
+    ids = np.full(mask.shape, padding_id, dtype=np.int64)
+    ids[mask] = flat(tokens, rows)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def flat(tokens: Ragged, rows: Rows) -> np.ndarray:
+    """The token ids of the chosen rows, one row after the other."""
+    lengths = tokens.lengths[rows].astype(np.int64)
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return tokens.ids[np.repeat(tokens.offsets[:-1][rows], lengths) + within]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where a step's time went: first pass, loss with its collectives, backward with its replays."""
+
+    encode: float
+    loss: float
+    backward: float
+
+
+def forward_backward(
+    embed: Callable[[Rows], Tensor],
+    chunks: Sequence[Rows],
+    keep: int,
+    objective: Callable[[Tensor], tuple[Tensor, Any]],
+    backward: Callable[[Tensor], object],
+    *,
+    seed: int,
+) -> tuple[Any, Seconds]:
+    """Run one step's forward and backward; parameter gradients are left where `backward` puts them.
+
+    Args:
+        embed: rows -> their embeddings [len(rows), D], differentiable in the encoder's parameters.
+        chunks: a partition of the batch's rows, from `plan`; empty chunks may follow.
+        keep: the first `keep` chunks hold on to their graph between the passes; the rest are replayed.
+        objective: embeddings of all rows [n, D] -> (scalar loss, figures for the log).
+        backward: called with a scalar per chunk whose gradient is the chunk's share of the loss's.
+        seed: of this step and rank; chunk i draws its dropout from (seed, i), so a replay draws the same.
+
+    Returns:
+        The objective's figures, and the time split.
+    """
+    begin = time.perf_counter()
+    graphs, embeddings = _first_pass(embed, chunks, keep, seed)
+    encoded = time.perf_counter()
+    loss, figures = objective(embeddings.requires_grad_())
+    (gradient,) = torch.autograd.grad(loss, embeddings)
+    scored = time.perf_counter()
+    for number, rows in enumerate(chunks):
+        output = graphs[number]
+        graphs[number] = None  # freed by its own backward, before the next chunk needs memory
+        if output is None:
+            output = _embed(embed, rows, seed, number)
+        backward(_surrogate(output, gradient, rows))
+    return figures, Seconds(encoded - begin, scored - encoded, time.perf_counter() - scored)
+
+
+def _first_pass(
+    embed: Callable[[Rows], Tensor], chunks: Sequence[Rows], keep: int, seed: int
+) -> tuple[list[Tensor | None], Tensor]:
+    """Embed every chunk; return the outputs that keep their graph, and all embeddings in the batch's own order."""
+    graphs: list[Tensor | None] = []
+    embeddings = None
+    for number, rows in enumerate(chunks):
+        with torch.set_grad_enabled(number < keep):
+            output = _embed(embed, rows, seed, number)
+        graphs.append(output if number < keep else None)
+        if embeddings is None:
+            embeddings = output.new_empty(sum(map(len, chunks)), output.shape[1])
+        if len(rows):
+            embeddings[torch.from_numpy(rows)] = output.detach()
+    assert embeddings is not None, "a batch has rows"
+    return graphs, embeddings
+
+
+def _embed(embed: Callable[[Rows], Tensor], rows: Rows, seed: int, number: int) -> Tensor:
+    torch.manual_seed((seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63)
+    return embed(rows)
+
+
+def _surrogate(output: Tensor, gradient: Tensor, rows: Rows) -> Tensor:
+    """A scalar whose gradient at `output` is this chunk's part of the loss's gradient; zero for an empty chunk."""
+    if len(rows) == 0:
+        return output.sum() * 0.0
+    return (output * gradient[torch.from_numpy(rows)]).sum()
