@@ -1,0 +1,71 @@
+# Every command of the project. All paths are relative, so the checkout may lie on a path with spaces.
+#
+#   PYTHON=python3.12                                     the interpreter that .venv is made with (3.11 or newer)
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu      where torch comes from; unset: the way pip is configured
+#   ARGS="-k shards -x"                                   passed on to pytest, the demo or the benchmarks
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install check format test demo bench clean
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+PIP := .venv/bin/python -m pip install --disable-pip-version-check
+# deepspeed, quintet and ninja are looked up on PATH
+RUN := PATH="$$PWD/.venv/bin:$$PATH"
+
+define NEEDS
+lacking=; say() { echo "quintet needs $$1" >&2; lacking=1; }; \
+if "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || say "Python's venv module"; \
+	"$(PYTHON)" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+		|| say "Python's C headers (DeepSpeed compiles a small shared-memory op at its first use)"; \
+else say "Python 3.11 or newer, which '$(PYTHON)' is not; name another: make PYTHON=python3.12"; fi; \
+command -v "$${CXX:-c++}" >/dev/null || say "a C++ compiler (for DeepSpeed's small shared-memory op)"; \
+if [ -n "$$lacking" ]; then \
+	echo "On Debian and Ubuntu: sudo apt-get install -y g++ python3-dev python3-venv" >&2; exit 2; \
+fi
+endef
+
+help:  ## show this list
+	@echo "make TARGET [PYTHON=python3] [TORCH_INDEX=URL] [ARGS=...]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
+
+install: .venv/installed  ## make .venv with the tested versions
+
+check: install  ## lint, format and types
+	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
+	@.venv/bin/python -m mypy
+
+format: install  ## put the sources in the common format
+	@.venv/bin/python -m ruff check --fix .
+	@.venv/bin/python -m ruff format .
+
+test: install  ## run the tests
+	@$(RUN) .venv/bin/python -m pytest $(ARGS)
+
+demo: install  ## collect, pack, pretrain, evaluate, export and search, on real text
+	@$(RUN) bash demo.sh $(ARGS)
+
+bench: install  ## measure against the named peers
+	@$(RUN) .venv/bin/python -m benchmarks $(ARGS)
+
+clean:  ## remove what the other targets made, but not your runs
+	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build demo *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first: DeepSpeed's set-up imports it. DeepSpeed compiles its small shared-memory op at its first use.
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	@$(NEEDS)
+	@test -x .venv/bin/python || "$(PYTHON)" -m venv .venv
+	@$(PIP) --constraint constraints.txt --upgrade pip setuptools wheel ninja
+	@$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)",--constraint constraints.txt) "$$(grep '^torch==' constraints.txt)"
+	@DS_BUILD_OPS=0 $(PIP) --constraint constraints.txt --no-build-isolation deepspeed
+	@$(PIP) --constraint constraints.txt --config-settings editable_mode=compat --editable '.[dev]'
+	@touch $@
