@@ -1,0 +1,543 @@
+"""What a run says about itself: metrics.jsonl (the record), W&B (its mirror), and lines or a bar for the reader.
+
+The record is written first, by rank 0. The mirror can neither stop nor slow a run: its calls wait in a bounded queue
+for a thread of their own, and after a few errors it is switched off with one warning. Only numbers, names and the
+public configuration ever leave; no text of the data does. The only door to wandb.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import netrc
+import os
+import queue
+import re
+import shlex
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.settings import key
+
+log = logging.getLogger("quintet")
+
+
+@dataclass(frozen=True)
+class Metric:
+    unit: str
+    help: str
+
+
+# Every name that may be logged. A sample is a pair. Units: "1" is a plain number, "frac" is between 0 and 1.
+METRICS: dict[str, Metric] = {
+    "train/loss": Metric("nat", "loss of the step: mean over the global batch"),
+    "train/loss_contrastive": Metric("nat", "its InfoNCE part, unweighted"),
+    "train/acc_top1": Metric("frac", "queries whose own passage scores highest in the pool"),
+    "train/pos_sim": Metric("1", "mean similarity of a query and its passage"),
+    "train/neg_sim": Metric("1", "mean similarity of a query and its negatives"),
+    "train/grad_norm": Metric("1", "global norm of the gradient, before clipping"),
+    "train/lr": Metric("1", "learning rate of the step"),
+    "train/logit_scale": Metric("1", "1 / temperature"),
+    "train/step": Metric("step", "optimizer steps done, the axis of every curve"),
+    "train/samples_seen": Metric("sample", "pairs trained on since step 0"),
+    "train/epoch": Metric("1", "passes over the data, as a fraction"),
+    "train/skipped_steps": Metric("step", "updates left out for a non-finite loss or gradient since the start"),
+    "perf/samples_per_s": Metric("sample/s", "pairs a second over all ranks"),
+    "perf/samples_per_s_per_gpu": Metric("sample/s", "the same, by rank"),
+    "perf/tokens_per_s": Metric("token/s", "tokens a second over all ranks, without padding"),
+    "perf/step_s": Metric("s", "mean time of a step"),
+    "perf/data_wait_frac": Metric("frac", "share of the time spent waiting for batches"),
+    "perf/encode_s": Metric("s", "time of a step in the forward passes of the encoder"),
+    "perf/loss_s": Metric("s", "time of a step in the loss and its gradients"),
+    "perf/backward_s": Metric("s", "time of a step in backward passes and replays"),
+    "perf/comm_s": Metric("s", "time of a step in collectives outside the engine"),
+    "perf/optimizer_s": Metric("s", "time of a step in gradient reduction and the optimizer"),
+    "perf/mfu": Metric("frac", "useful arithmetic as a share of the device's peak"),
+    "perf/mem_gib": Metric("GiB", "peak memory of a rank"),
+    "perf/eta_h": Metric("h", "time to the last step at the present rate"),
+    "data/samples_bad": Metric("sample", "records left out as bad since the start"),
+    "data/padding_frac": Metric("frac", "share of padding among the tokens computed"),
+    "ckpt/save_s": Metric("s", "time of the save"),
+    "ckpt/bytes": Metric("byte", "size of the checkpoint"),
+    "ckpt/last_step": Metric("step", "step of the newest complete checkpoint"),
+    "ckpt/failures": Metric("1", "saves that failed since the start"),
+    "eval/*/ndcg_at_10": Metric("frac", "nDCG@10"),
+    "eval/*/mrr_at_10": Metric("frac", "MRR@10"),
+    "eval/*/recall_at_100": Metric("frac", "Recall@100"),
+    "eval/*/accuracy_at_1": Metric("frac", "queries whose best answer is relevant"),
+    "run/attempt": Metric("1", "how many times the run was started; marks steps repeated after a restart"),
+    "run/restarts": Metric("1", "starts after the first"),
+    "run/time": Metric("s", "wall clock, seconds since 1970"),
+}
+
+
+def registered(name: str) -> bool:
+    """Whether a metric may be logged: by its name, or with its middle as the star of a pattern."""
+    head, _, rest = name.partition("/")
+    return name in METRICS or ("/" in rest and f"{head}/*/{rest.rpartition('/')[2]}" in METRICS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Where the curves are mirrored. The key comes from WANDB_API_KEY or `wandb login`, never from here."""
+
+    mode: str = key(
+        "auto",
+        help="auto: online when a key is there and the server answers, else offline",
+        choices=("auto", "online", "offline", "disabled"),
+    )
+    project: str = key("quintet", help="project that the run belongs to")
+    entity: str = key("", help="user or team; empty: the key's own")
+    group: str = key("", help="experiment that ties several runs together")
+    name: str = key("", help="name of the run; empty: the name of the run folder")
+    tags: list[str] = key([], help="tags of the run")  # noqa: RUF009
+
+
+class Monitor:
+    """The three outlets behind one call. On ranks other than 0 every method does nothing."""
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        wandb: WandbConfig,
+        *,
+        config: Mapping[str, Any],
+        job_type: str,
+        run_id: str,
+        attempt: int = 1,
+        steps: int,
+        first_step: int = 0,
+        rank: int = 0,
+    ) -> None:
+        """Args:
+        config: the public configuration, plain data, shown beside the curves.
+        job_type: the stage, such as `pretrain`.
+        run_id, attempt: who the run is and the how-manieth start this is (runfolder.begin).
+        steps, first_step: where the bar ends and where this attempt begins.
+        """
+        self._rank = rank
+        if rank:
+            return
+        self._attempt = attempt
+        self._journal = Journal(Path(run_dir) / "metrics.jsonl")
+        self._console = Console(job_type, steps, first_step)
+        self._mirror: Mirror | None = None
+        if not _disabled(wandb):
+            given = {"id": run_id, "job_type": job_type, "config": {**redacted(config), "attempt": attempt}}
+            folder = Path(run_dir).resolve()
+            self._mirror = Mirror(lambda: WandbRun(folder, wandb, given))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one logged step: one line of metrics.jsonl, its mirror, and a line (or the bar's text) to read."""
+        if self._rank:
+            return
+        unknown = [name for name in values if not registered(name)]
+        assert not unknown, f"not in METRICS: {unknown}"
+        row = {"train/step": step, **{name: _number(value) for name, value in values.items()}}
+        row |= {"run/attempt": self._attempt, "run/restarts": self._attempt - 1, "run/time": time.time()}
+        self._journal.write(row)
+        self._send("logging", lambda run: run.log(row))
+        self._console.show(step, row)
+
+    def tick(self, step: int) -> None:
+        """Move the bar; cheap enough for every step."""
+        if not self._rank:
+            self._console.tick(step)
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell about trouble that does not end the run: a warning in the log, an alert in W&B."""
+        if not self._rank:
+            log.warning("%s: %s", title, text)
+            self._send("an alert", lambda run: run.alert(title, text))
+
+    def finish(self, exit_code: int, *, limit_seconds: float = 30.0) -> None:
+        """Close all outlets. The mirror gets `limit_seconds` to send what it holds; what it could not stays on disk."""
+        if self._rank:
+            return
+        self._console.close()
+        self._journal.close()
+        if self._mirror:
+            self._mirror.finish(exit_code, limit_seconds)
+
+    def _send(self, what: str, call: Callable[[Any], object]) -> None:
+        if self._mirror:
+            self._mirror.send(what, call)
+
+
+def _number(value: Any) -> float | int:
+    """A plain number out of a number of Python, numpy or torch."""
+    plain = value.item() if hasattr(value, "item") else value
+    assert isinstance(plain, int | float), f"{plain!r} is no number"
+    return plain
+
+
+class Journal:
+    """metrics.jsonl: append-only, a line an object, flushed at once; a half line left by a crash is cut off first.
+
+    Floats are written so that reading gives the same bits. JSON has no word for the others: they are the strings
+    "NaN", "Infinity" and "-Infinity", which float() reads. When the disk is full, lines wait in memory for room.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: list[bytes] = []
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._end = _whole_lines(self._descriptor)
+        self._cut()
+
+    def write(self, row: Mapping[str, float]) -> None:
+        line = json.dumps({name: _jsonable(value) for name, value in row.items()}, allow_nan=False)
+        self._waiting.append(line.encode() + b"\n")
+        self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        if self._waiting:
+            log.error("%s: the last %d lines could not be written", self._path, len(self._waiting))
+        os.close(self._descriptor)
+
+    def _flush(self) -> None:
+        waited = len(self._waiting) > 1
+        try:
+            while self._waiting:
+                self._append(self._waiting[0])
+                self._end += len(self._waiting.pop(0))
+        except OSError as error:
+            self._cut()
+            if not waited:
+                log.warning("%s: %s; metrics wait in memory until there is room", self._path, error)
+
+    def _append(self, line: bytes) -> None:
+        if os.pwrite(self._descriptor, line, self._end) < len(line):
+            raise OSError("only a part of a line could be written")
+
+    def _cut(self) -> None:
+        os.ftruncate(self._descriptor, self._end)
+
+
+def _whole_lines(descriptor: int) -> int:
+    """Bytes of a file up to and with its last line end."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - 4096)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _jsonable(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+class Mirror:
+    """Calls to a run elsewhere, made by a thread, so that no error, stall or dead helper reaches the training loop.
+
+    `open_run` is called in that thread and returns an object with log, alert, finish(exit_code) and `hint`, a last
+    word for the reader.
+    """
+
+    def __init__(self, open_run: Callable[[], Any], *, queue_size: int = 10_000) -> None:
+        self._open_run = open_run
+        self._calls: queue.Queue[tuple[str, Callable[[Any], object]] | None] = queue.Queue(queue_size)
+        self._off = False
+        self._errors = 0
+        self._dropped = 0
+        self._hint = ""
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
+
+    def send(self, what: str, call: Callable[[Any], object]) -> None:
+        """Queue `call`, which will get the run; never waits."""
+        if self._off:
+            return
+        try:
+            self._calls.put_nowait((what, call))
+        except queue.Full:
+            self._dropped += 1
+            if self._dropped == 1:
+                log.warning("W&B is too slow: some curves will have gaps there; metrics.jsonl has everything")
+
+    def finish(self, exit_code: int, limit_seconds: float) -> None:
+        """Let the queue drain and the run end, for at most `limit_seconds` and a few more for cleaning up."""
+        deadline = time.monotonic() + limit_seconds
+        with contextlib.suppress(queue.Full):
+            self._calls.put(("finish", lambda run: run.finish(exit_code)), timeout=limit_seconds)
+            self._calls.put(None, timeout=max(0.1, deadline - time.monotonic()))
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            log.warning("W&B did not finish within %.0f s; metrics.jsonl has everything", limit_seconds)
+            self._off = True
+            _end_helpers()  # the call that waits for them fails now, and nothing waits for them when Python ends
+            self._thread.join(5.0)
+        if self._hint:
+            log.info(self._hint)
+
+    def _work(self) -> None:
+        run = None
+        try:
+            run = self._open_run()
+            self._hint = run.hint
+        except Exception as error:
+            self._switch_off("start", error)
+        while (entry := self._calls.get()) is not None:
+            what, call = entry
+            if run is not None and (not self._off or what == "finish"):
+                self._try(what, call, run)
+
+    def _try(self, what: str, call: Callable[[Any], object], run: Any) -> None:
+        try:
+            call(run)
+            self._errors = 0
+        except Exception as error:
+            self._errors += 1
+            if self._errors >= 3 or isinstance(error, ConnectionError):
+                self._switch_off(what, error)
+
+    def _switch_off(self, what: str, error: Exception) -> None:
+        if not self._off:
+            self._off = True
+            log.warning("W&B is off from here (%s: %s); metrics.jsonl goes on", what, _one_line(error))
+
+
+class WandbRun:
+    """A run of wandb, online when that was asked for or is possible, else offline. All its calls may fail or block."""
+
+    def __init__(self, run_dir: Path, config: WandbConfig, given: Mapping[str, Any]) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else wandb calls home, even when offline
+        mode = _resolve_mode(config.mode)
+        try:
+            self._run = _init(run_dir, config, given, mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            log.warning("W&B did not start online (%s); it goes on offline", _one_line(error))
+            mode = "offline"
+            self._run = _init(run_dir, config, given, mode)
+        if mode == "offline":
+            # All segments of the run: W&B joins them by their id, in the order of their start.
+            self.hint = (
+                f"W&B was offline; send the curves with: wandb sync {shlex.quote(str(run_dir))}/wandb/offline-run-*"
+            )
+        else:
+            self.hint = f"W&B: {self._run.url}"
+            log.info(self.hint)
+        self._run.define_metric("train/step", hidden=True)
+        for prefix in sorted({name.partition("/")[0] for name in METRICS}):
+            best = {"summary": "last,max"} if prefix == "eval" else {}
+            self._run.define_metric(f"{prefix}/*", step_metric="train/step", **best)
+
+    def log(self, row: Mapping[str, float]) -> None:
+        # No step is passed: W&B drops what goes back, and after a restart steps do; the axis is train/step.
+        self._run.log(dict(row))
+
+    def alert(self, title: str, text: str) -> None:
+        self._run.alert(title=title, text=text, level="WARN")
+
+    def finish(self, exit_code: int) -> None:
+        import wandb
+
+        try:
+            self._run.finish(exit_code=exit_code)
+        finally:
+            wandb.teardown(exit_code)  # removes W&B's own exit hook, which waits without a limit
+
+
+def _init(run_dir: Path, config: WandbConfig, given: Mapping[str, Any], mode: str) -> Any:
+    import wandb
+
+    settings = wandb.Settings(
+        console="off",  # the run's own logs stay where they are
+        silent=True,
+        disable_code=True,
+        disable_git=True,  # the address of a remote may carry a token
+        save_code=False,
+        init_timeout=20.0,
+        finish_timeout=20.0,
+    )
+    return wandb.init(
+        dir=str(run_dir),
+        mode=mode,  # type: ignore[arg-type]
+        project=config.project,
+        entity=config.entity or None,
+        group=config.group or None,
+        name=config.name or run_dir.name,
+        tags=list(config.tags) or None,
+        resume="allow",
+        settings=settings,
+        **given,
+    )
+
+
+def _disabled(config: WandbConfig) -> bool:
+    return config.mode == "disabled" or (config.mode == "auto" and os.environ.get("WANDB_MODE") == "disabled")
+
+
+def _resolve_mode(mode: str) -> str:
+    """online or offline. WANDB_MODE speaks where the configuration says auto; online needs a key and an answer."""
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", mode)
+    if mode == "offline":
+        return mode
+    import wandb
+
+    settings = wandb.setup().settings
+    if not (settings.api_key or _has_key(settings.base_url)):
+        if mode == "online":
+            log.warning(
+                "wandb.mode=online: no key for %s; it goes on offline (`wandb login` sets one)", settings.base_url
+            )
+        return "offline"
+    if _answers(settings.base_url):
+        return "online"
+    log.warning("W&B at %s does not answer; it goes on offline", settings.base_url)
+    return "offline"
+
+
+def _has_key(base_url: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlsplit(base_url).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _answers(base_url: str, timeout_seconds: float = 5.0) -> bool:
+    """Whether something that speaks HTTP is there; any status will do."""
+    try:
+        urllib.request.urlopen(f"{base_url.rstrip('/')}/healthz", timeout=timeout_seconds).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _end_helpers() -> None:
+    """Kill W&B's own processes below this one; they hang when their disk or network does."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.name().startswith("wandb-"):
+                child.kill()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+_SECRET_NAME = re.compile("key|token|secret|passw|credential", re.IGNORECASE)
+
+
+def redacted(value: Any) -> Any:
+    """Plain data in which every value of a secret-looking environment variable is replaced by ***.
+
+    The second guard: what is given here should hold no secret in the first place.
+    """
+    secrets = [text for name, text in os.environ.items() if _SECRET_NAME.search(name) and len(text) >= 8]
+    return _replace(value, sorted(secrets, key=len, reverse=True))
+
+
+def _replace(value: Any, secrets: Sequence[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _replace(inner, secrets) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace(inner, secrets) for inner in value]
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, "***")
+    return value
+
+
+# What a line shows, in this order: metric, label, how the number is written.
+_SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("train/loss", "loss", "{:.4f}".format),
+    ("train/acc_top1", "acc", "{:.3f}".format),
+    ("train/pos_sim", "pos", "{:.3f}".format),
+    ("train/neg_sim", "neg", "{:.3f}".format),
+    ("train/grad_norm", "gnorm", "{:.3g}".format),
+    ("train/lr", "lr", "{:.3g}".format),
+    ("perf/samples_per_s", "samples/s", "{:.0f}".format),
+    ("perf/tokens_per_s", "tok/s", "{:.0f}".format),
+    ("perf/data_wait_frac", "wait", "{:.1%}".format),
+    ("perf/mem_gib", "mem", "{:.2f}GiB".format),
+    ("perf/eta_h", "eta", lambda hours: _hours(hours)),
+    ("ckpt/save_s", "save", "{:.1f}s".format),
+)
+_LINE_BYTES = 200
+
+
+def line(step: int, steps: int, row: Mapping[str, float]) -> str:
+    """One plain `key=value` line of a logged step, of about 200 bytes at most."""
+    parts = [f"step={step}/{steps}"]
+    parts += [f"{label}={write(row[name])}" for name, label, write in _SHOWN if name in row]
+    if row.get("train/skipped_steps"):
+        parts.append(f"skipped={row['train/skipped_steps']:.0f}")
+    evals = [f"{name}={value:.4f}" for name, value in row.items() if name.startswith("eval/")]
+    while evals and len(" ".join(parts)) + len(evals[0]) < _LINE_BYTES:
+        parts.append(evals.pop(0))
+    return " ".join(parts) + (f" more={len(evals)}" if evals else "")
+
+
+def _hours(hours: float) -> str:
+    if not math.isfinite(hours):
+        return "?"
+    minutes = math.ceil(hours * 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+class Console:
+    """A bar on a terminal; a plain line for each logged step elsewhere, so that log files stay small and greppable."""
+
+    def __init__(self, title: str, steps: int, first_step: int) -> None:
+        self._steps = steps
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._bar = _bar()
+            self._task = self._bar.add_task(title, total=steps, completed=first_step, text="")
+            self._bar.start()
+
+    def tick(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, row: Mapping[str, float]) -> None:
+        text = line(step, self._steps, row)
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text.partition(" ")[2])
+        else:
+            log.info(text)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _bar() -> Any:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    return Progress(*columns, console=RichConsole(stderr=True), refresh_per_second=4)
+
+
+def summary(title: str, rows: Sequence[tuple[str, object]]) -> None:
+    """Print a small table of facts to stdout, the same on a terminal and in a file."""
+    width = max((len(name) for name, _ in rows), default=0)
+    print("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]), flush=True)
