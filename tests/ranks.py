@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +39,6 @@ def run(function: Callable[..., Any], world: int, folder: Path, *args: Any, time
 
 
 def _collect(processes: list[Any], results: Any, timeout_seconds: float) -> dict[int, Any]:
-    import time
-
     outcomes: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_seconds
     while len(outcomes) < len(processes):
@@ -46,7 +46,7 @@ def _collect(processes: list[Any], results: Any, timeout_seconds: float) -> dict
             rank, ok, value = results.get()
             if not ok:
                 raise AssertionError(f"rank {rank} failed:\n{value}")
-            outcomes[rank] = value
+            outcomes[rank] = pickle.loads(value)
         for rank, process in enumerate(processes):
             if rank not in outcomes and process.exitcode not in (None, 0):
                 raise AssertionError(f"rank {rank} ended with exit code {process.exitcode}")
@@ -64,7 +64,8 @@ def _rank(rank: int, world: int, rendezvous: str, results: Any, function: Callab
         from trainer import distributed
 
         distributed.start(torch.device("cpu"), 120, rendezvous)
-        results.put((rank, True, function(*args)))
+        # Pickled here: the queue's own way shares tensors by file handle, which ends with this process.
+        results.put((rank, True, pickle.dumps(function(*args))))
         distributed.stop()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))

@@ -169,6 +169,12 @@ def _reduce(values: list[Any], op: Any) -> list[float]:
     return tensor.tolist()  # type: ignore[no-any-return]
 
 
+def sum_in_place(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over ranks: parts that each rank holds become the whole for a checkpoint."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+
+
 def barrier() -> None:
     """Wait for every rank: rank 0 has made or renamed what the others open next."""
     if world() > 1:
