@@ -1,11 +1,45 @@
-"""The run folder: who works in it, what it says about the run, and how small files get into it whole."""
+"""The run folder: who works in it, what it says about the run, and how small files get into it whole.
+
+config.yaml        the configuration as the user wrote it, unresolved; config.attempt-N.yaml where a restart changed it
+ds_config.json     what DeepSpeed was given
+environment.json   versions, machine, commit; no environment variables, no arguments
+run.json           the run's id, which W&B uses too, and how often it was started
+exit.json          how the last start ended; absent while it runs and after a crash
+lease.json         which process works here now
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import platform
+import secrets
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+
+from data.errors import UserError
+
+log = logging.getLogger("quintet")
+
+_PACKAGES = (
+    *("torch", "deepspeed", "transformers", "tokenizers", "sentence-transformers", "safetensors", "numpy", "pyarrow"),
+    *("webdataset", "wandb", "omegaconf", "orjson", "xxhash", "rich", "quintet"),
+)
+# What belongs to one training run, as against the folder: set aside when a run starts over.
+_OF_A_RUN = (
+    *("checkpoints", "model", "wandb", "metrics.jsonl", "results.json", "report.html", "run.json", "exit.json"),
+    *("config.yaml", "ds_config.json", "environment.json"),
+)
 
 
 def sync_folder(folder: Path) -> None:
@@ -35,3 +69,289 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write plain data as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def make_folder(run_dir: str | Path) -> Path:
+    """Create the run folder, or see that it can be written to. Raises UserError when it cannot."""
+    folder = Path(run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: cannot be written to ({error.strerror}); choose another folder") from None
+    return folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """Who a run is, the same over restarts, and the how-manieth start this is (1 is the first)."""
+
+    id: str
+    attempt: int
+
+
+def prepare(
+    run_dir: str | Path,
+    *,
+    config_text: str,
+    ds_config: Mapping[str, Any],
+    devices: Sequence[str] = (),
+    fresh: bool = False,
+) -> Run:
+    """Open the run folder for one more start of its run: count it, and write down what it is made of.
+
+    For rank 0, which holds the lease. With `fresh`, what an earlier run left is set aside, not deleted.
+
+    Args:
+        config_text: the unresolved configuration, so that no secret is written.
+        devices: names of the accelerators, as the caller knows them.
+    Raises UserError when the folder cannot be written.
+    """
+    folder = make_folder(run_dir)
+    if fresh:
+        set_aside(folder)
+    (folder / "exit.json").unlink(missing_ok=True)
+    run = _next_attempt(folder)
+    config = folder / "config.yaml"
+    if config.exists() and config.read_text(encoding="utf-8") != config_text:
+        config.rename(folder / f"config.attempt-{run.attempt - 1}.yaml")
+    write_text(config, config_text)
+    write_json(folder / "ds_config.json", ds_config)
+    write_json(folder / "environment.json", environment(devices))
+    write_json(folder / "run.json", asdict(run))
+    return run
+
+
+def _next_attempt(folder: Path) -> Run:
+    path = folder / "run.json"
+    if not path.exists():
+        return Run(secrets.token_hex(4), 1)
+    try:
+        before = Run(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: damaged; delete it, and the run gets a new id") from None
+    return Run(before.id, before.attempt + 1)
+
+
+def set_aside(run_dir: str | Path) -> Path | None:
+    """Move what an earlier run left into run_dir/before-N; None when there was nothing."""
+    folder = Path(run_dir)
+    found = [folder / name for name in _OF_A_RUN if (folder / name).exists()]
+    found += folder.glob("config.attempt-*.yaml")
+    if not found:
+        return None
+    number = 1
+    while (folder / f"before-{number}").exists():
+        number += 1
+    aside = folder / f"before-{number}"
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    log.warning("fresh=true: the earlier run was moved to %s; delete it when you no longer need it", aside)
+    return aside
+
+
+def finish(run_dir: str | Path, code: int, reason: str, step: int) -> None:
+    """Write exit.json, what scripts trust: its code is 0 when and only when the run is done."""
+    write_json(Path(run_dir) / "exit.json", {"code": code, "reason": reason, "step": step, "time": time.time()})
+
+
+def environment(devices: Sequence[str] = ()) -> dict[str, Any]:
+    """What the numbers of a run depend on besides its configuration."""
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "devices": list(devices),
+        "commit": commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+changes" when files differ from it; None where there is no checkout or no git."""
+    checkout = Path(__file__).resolve().parent.parent
+    git = shutil.which("git")
+    if not git or not (checkout / ".git").exists():
+        return None
+
+    def answer(*arguments: str) -> str:
+        command = [git, "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+    try:
+        changes = answer("status", "--porcelain", "--untracked-files=no")
+        return answer("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class Lease:
+    """The right of one job to work in a run folder: lease.json, renewed by a thread while the job lives.
+
+    Where the owner shares our process table, a lease is stale when its process is gone. Elsewhere (another host, a
+    container) it is watched: one that is renewed is alive, one that is not for `limit_seconds` is stale. No clock of
+    another machine is trusted, and a job that was killed and started again on another node waits instead of failing.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        renew_seconds: float = 10.0,
+        limit_seconds: float = 60.0,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self._path = Path(run_dir) / "lease.json"
+        self._owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_table": _process_table(),
+            "process_start": _process_start(os.getpid()),
+            "since": time.time(),
+            "token": secrets.token_hex(8),
+        }
+        self._renew_seconds, self._limit_seconds, self._sleep = renew_seconds, limit_seconds, sleep
+        self._stop = threading.Event()
+        self.lost = False
+
+    def __enter__(self) -> Self:
+        """Take the lease. Raises UserError naming the host, process and age of a job that works here."""
+        while not self._create():
+            other = self._read()
+            if other is None:
+                continue  # given back in between
+            if self._alive(other):
+                raise UserError(self._refusal(other))
+            log.warning("%s: taken over from process %s on %s, which is gone", self._path, other["pid"], other["host"])
+            self._set_aside(other)
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._is_ours():
+            self._path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        try:
+            with open(self._path, "x") as file:
+                file.write(json.dumps(self._owner))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({error.strerror}); choose another run_dir") from None
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        """Who holds the lease; None when nobody does. Of a damaged one only its renewals can tell."""
+        try:
+            owner = json.loads(self._path.read_bytes())
+            return {name: owner[name] for name in self._owner}
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError):
+            return dict.fromkeys(self._owner, "") | {"host": "?", "pid": "?", "since": time.time()}
+
+    def _is_ours(self) -> bool:
+        try:
+            return _token(self._path) == self._owner["token"]
+        except FileNotFoundError:
+            return False
+
+    def _alive(self, other: Mapping[str, Any]) -> bool:
+        if other["process_table"] and other["process_table"] == self._owner["process_table"]:
+            return _process_start(other["pid"]) == other["process_start"]
+        log.info("%s: held by process %s on %s; waiting for a sign of life", self._path, other["pid"], other["host"])
+        seen = self._renewed()
+        for _ in range(round(self._limit_seconds)):
+            self._sleep(1.0)
+            if (now := self._renewed()) != seen:
+                return now > 0  # 0: it was given back
+        return False
+
+    def _renewed(self) -> int:
+        """The lease's last renewal: its time of change, read through an open file, which network disks keep fresh."""
+        try:
+            with open(self._path, "rb") as file:
+                return os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def _refusal(self, other: Mapping[str, Any]) -> str:
+        minutes = max(0.0, time.time() - other["since"]) / 60
+        return (
+            f"run_dir={self._path.parent}: process {other['pid']} on host {other['host']} has been working here for "
+            f"{minutes:.0f} minutes; stop it, or choose another run_dir"
+        )
+
+    def _set_aside(self, stale: Mapping[str, Any]) -> None:
+        """Remove a stale lease, unless another job has just taken it over."""
+        aside = self._path.with_name(f".lease.{self._owner['token']}")
+        try:
+            self._path.rename(aside)
+        except FileNotFoundError:
+            return
+        taken = _token(aside) != stale["token"]
+        if taken and not self._path.exists():
+            aside.rename(self._path)
+        aside.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self._renew_seconds):
+            try:
+                if not self._is_ours():
+                    self.lost = True
+                    log.error("%s: another job has taken over this run folder", self._path)
+                    return
+                os.utime(self._path)
+            except OSError as error:
+                log.warning("%s: could not be renewed: %s", self._path, error)
+
+
+def _token(lease: Path) -> str:
+    try:
+        return str(json.loads(lease.read_bytes())["token"])
+    except (ValueError, TypeError, KeyError):
+        return ""
+
+
+def _process_table() -> str:
+    """Names the set of processes that this one can see: the boot and the process namespace; empty where unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _process_start(pid: int) -> str:
+    """When a process of this machine started, in ticks since boot, so that a number used again is told apart.
+
+    Empty when there is no such process, or only its remains that nobody has waited for.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,76 @@
+"""Being asked to stop: a signal or a file sets a flag, and the loop saves and leaves at its next step."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_FILE = "STOP"
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """While entered, SIGTERM, SIGINT and SIGUSR1 only note that the run shall stop, and so does a file run_dir/STOP.
+
+    A second Ctrl-C ends the process at once. A signal may reach one rank only and rank 0 alone looks for the file, so
+    `requested` is one rank's answer: the ranks agree on it. Leaving removes the file, so that the next start runs.
+    """
+
+    def __init__(self, run_dir: str | Path, *, rank: int = 0) -> None:
+        self.reason = ""
+        self._file = Path(run_dir) / STOP_FILE if rank == 0 else None
+        self._speaks = rank == 0
+        self._interrupted = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._file:
+            self._file.unlink(missing_ok=True)
+
+    @property
+    def requested(self) -> bool:
+        if not self.reason and self._file and self._file.exists():
+            self.reason = STOP_FILE
+        return bool(self.reason)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        if self._interrupted:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._interrupted = True
+        if self._speaks:
+            # Not through logging or print: a handler may run in the middle of either.
+            os.write(2, b"\nstopping after a checkpoint; Ctrl-C again to leave at once\n")
+
+
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process `number` when the process that started it ends (Linux; elsewhere nothing).
+
+    For ranks started by a launcher: a launcher that is killed leaves them behind otherwise. Not for a process that a
+    shell started, which may outlive the shell.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it ended just before
+        os.kill(os.getpid(), number)
