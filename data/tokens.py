@@ -243,19 +243,35 @@ def _without_rare(texts: Sequence[str], alphabet: frozenset[str]) -> list[str]:
 
 
 def _unigram_pieces(texts: Sequence[str], size: int) -> list[tuple[str, float]]:
-    """At most `size` (piece, log probability), best first.
+    """At most `size` (piece, log probability), best first: every character of the texts and the best longer pieces.
 
-    The trainer sums over threads and hash tables, so its scores differ in the last bits from run to run: they are
-    rounded, a few more pieces than wanted are asked for, and the cut is made here with ties going by text.
+    The trainer walks hash tables in several threads, so its scores differ in the last bits from run to run.
+    Rounding, and a cut made here with ties going by text, give the same pieces every time.
     """
     tokenizer = _unigram_tokenizer([])
     trainer = trainers.UnigramTrainer(
         vocab_size=size + size // 20 + 1, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    scored = [(piece, round(score, 6)) for piece, score in orjson.loads(tokenizer.to_str())["model"]["vocab"]]
-    reserved = {*SPECIALS, *BYTES, MASK}
-    return sorted((item for item in scored if item[0] not in reserved), key=lambda item: (-item[1], item[0]))[:size]
+    trained = {piece: round(score, 6) for piece, score in orjson.loads(tokenizer.to_str())["model"]["vocab"]}
+    scored = [item for item in trained.items() if item[0] not in {*SPECIALS, *BYTES, MASK}]
+    longer = sorted((item for item in scored if len(item[0]) > 1), key=_best_first)
+    characters = _level([item for item in scored if len(item[0]) == 1])
+    return sorted(characters + longer[: max(0, size - len(characters))], key=_best_first)
+
+
+def _level(characters: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """One score for the characters that no text needs alone.
+
+    The trainer gives them its lowest score plus 0, 1, 2, ... times 0.0001, in the order of a hash table, which is
+    another one in every run.
+    """
+    lowest = min((score for _, score in characters), default=0.0)
+    return [(text, lowest if score <= lowest + 1e-4 * len(characters) else score) for text, score in characters]
+
+
+def _best_first(piece: tuple[str, float]) -> tuple[float, str]:
+    return -piece[1], piece[0]
 
 
 def _unigram_tokenizer(pieces: Sequence[tuple[str, float]]) -> Tokenizer:
