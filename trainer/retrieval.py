@@ -1,0 +1,133 @@
+"""Score an encoder on retrieval sets, by one process or by all ranks of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import NumericError
+from trainer import bm25, metrics
+from trainer.sets import RetrievalSet
+from trainer.topk import top_k
+
+Encode = Callable[[Sequence[str]], Tensor]  # n texts, prompts included -> [n, D] on the host
+Result = dict[str, Any]  # one entry of results.json
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How processes share an evaluation: text i is embedded by rank i % world.
+
+    gather stacks the equally many rows [n, ...] that every rank holds to [world n, ...], in rank order.
+    """
+
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows
+
+    def split(self, count: int) -> np.ndarray:
+        """The numbers below `count` that are this rank's."""
+        return np.arange(self.rank, count, self.world)
+
+    def join(self, rows: Tensor, count: int) -> Tensor:
+        """The rows of all ranks, put back in order: this rank's part [., d] -> [count, d]."""
+        each = -(-count // self.world)
+        padded = torch.cat([rows, rows.new_zeros(each - len(rows), *rows.shape[1:])])
+        stacked = self.gather(padded)
+        return stacked.unflatten(0, (self.world, each)).transpose(0, 1).flatten(0, 1)[:count]
+
+
+def score(
+    data: RetrievalSet,
+    encode: Encode,
+    query_prompt: str,
+    passage_prompt: str,
+    *,
+    ranks: Ranks = Ranks(),
+    device: torch.device | str = "cpu",
+) -> Result:
+    """Rank every passage for every query by inner product and average the metrics over the rows.
+
+    Collective when `ranks` has more than one: every rank calls it with the same data and gets the same result.
+
+    Args:
+        encode: the encoder. Where its forward is a collective, it has to run equally often on all ranks.
+        device: where the passages are searched.
+
+    Raises:
+        NumericError: the encoder gave a vector with NaN or infinity (on all ranks at once).
+    """
+    passages = passage_texts(data, query_prompt, passage_prompt)
+    queries = query_texts(data, query_prompt)
+    mine = ranks.split(len(passages))
+    corpus = ranks.join(encode([passages[number] for number in mine]), len(passages))
+    asked = ranks.split(len(queries))
+    vectors = encode([queries[number] for number in asked])
+    _, found = top_k(vectors, corpus, _depth(data), device=device)
+    values = metrics.per_query(_results(found.cpu().numpy(), data.own[asked]), data.relevance.take(asked))
+    # A vector that is not finite spoils its query's values, so that every rank learns of it from the gather.
+    values[~torch.isfinite(vectors).all(dim=1).numpy()] = np.nan
+    values = ranks.join(torch.from_numpy(values), len(queries)).numpy()
+    if not (torch.isfinite(corpus).all() and np.isfinite(values).all()):
+        raise NumericError(f"data {data.name}: the model gives vectors with NaN or infinity; its weights are broken")
+    return averages(data, values)
+
+
+def score_bm25(data: RetrievalSet) -> Result:
+    """The same figures for BM25, on the bare texts."""
+    found = bm25.rank(data.queries, data.passages, _depth(data))
+    return averages(data, metrics.per_query(_results(found, data.own), data.relevance))
+
+
+def query_texts(data: RetrievalSet, query_prompt: str) -> list[str]:
+    """What is encoded for each query."""
+    return [query_prompt + query for query in data.queries]
+
+
+def passage_texts(data: RetrievalSet, query_prompt: str, passage_prompt: str) -> list[str]:
+    """What is encoded for each passage: those of symmetric pairs take the query's prompt."""
+    prompts = np.where(data.symmetric, query_prompt, passage_prompt)
+    return [prompt + passage for prompt, passage in zip(prompts, data.passages, strict=True)]
+
+
+def averages(data: RetrievalSet, values: np.ndarray) -> Result:
+    """One entry of results.json from the values of each distinct query, float64 [q, 4]: every row counts once.
+
+    The groups by source and language are those rows' averages; the corpus is the whole of it for all of them.
+    """
+    values = values[data.rows]
+    result: Result = _means(values)
+    for group, labels, unknown in (("by_source", data.sources, "unnamed"), ("by_lang", data.langs, "und")):
+        if any(labels):
+            result[group] = _groups(values, [label or unknown for label in labels])
+    return result | {"queries": len(values), "passages": len(data.passages)}
+
+
+def _groups(values: np.ndarray, labels: Sequence[str]) -> dict[str, Result]:
+    names, members = np.unique(labels, return_inverse=True)
+    groups = {}
+    for number, name in enumerate(names):
+        rows = values[members == number]
+        groups[str(name)] = _means(rows) | {"queries": len(rows)}
+    return groups
+
+
+def _means(values: np.ndarray) -> Result:
+    return dict(zip(metrics.NAMES, values.mean(axis=0).tolist(), strict=True))
+
+
+def _depth(data: RetrievalSet) -> int:
+    """Results asked for: one more where a query may find itself, to be left out afterwards."""
+    return metrics.DEPTH + bool((data.own >= 0).any())
+
+
+def _results(found: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The first DEPTH of the passages found, int64 [q, k], without each query's own text `own` [q]."""
+    itself = found == np.where(own < 0, -2, own)[:, None]  # -1 in `found` means no result
+    order = np.argsort(itself, axis=1, kind="stable")
+    return np.take_along_axis(np.where(itself, -1, found), order, axis=1)[:, : metrics.DEPTH]
