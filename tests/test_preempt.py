@@ -1,0 +1,108 @@
+"""Requests to stop, with real signals sent to real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer.preempt import SIGNALS, STOP_FILE, StopRequest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_to_stop_and_handlers_come_back(number: signal.Signals, tmp_path: Path) -> None:
+    before = signal.getsignal(number)
+    with StopRequest(tmp_path) as stop:
+        asked = [stop.requested]
+        os.kill(os.getpid(), number)
+        asked.append(stop.requested)
+    assert asked == [False, True]
+    assert stop.reason == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_a_file_asks_to_stop_once(tmp_path: Path) -> None:
+    with StopRequest(tmp_path) as stop:
+        (tmp_path / STOP_FILE).touch()
+        assert stop.requested
+        assert stop.reason == STOP_FILE
+    with StopRequest(tmp_path) as stop:
+        assert not stop.requested
+
+
+def test_only_rank_0_looks_for_the_file(tmp_path: Path) -> None:
+    (tmp_path / STOP_FILE).touch()
+    with StopRequest(tmp_path, rank=1) as stop:
+        assert not stop.requested
+    assert (tmp_path / STOP_FILE).exists()
+
+
+_INTERRUPTED = """
+import sys, time
+from trainer.preempt import StopRequest
+with StopRequest(sys.argv[1]) as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    print("first", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
+    with _start(_INTERRUPTED, tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "first\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=10)
+        assert process.returncode == -signal.SIGINT
+        assert "Ctrl-C again" in said
+
+
+_LAUNCHER = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+sys.stdin.read()
+"""
+_RANK = """
+import os, time
+from trainer.preempt import die_with_parent
+die_with_parent()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a service of the Linux kernel")
+def test_a_rank_ends_with_its_killed_launcher() -> None:
+    command = [sys.executable, "-c", _LAUNCHER, _RANK]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        rank = int(launcher.stdout.readline())
+        launcher.kill()
+        # The rank holds the other end of the pipe: the end of the file is its end.
+        started = time.monotonic()
+        assert launcher.stdout.read() == ""
+        assert time.monotonic() - started < 10
+    with pytest.raises((ProcessLookupError, AssertionError)):
+        _assert_running(rank)
+
+
+def _assert_running(pid: int) -> None:
+    os.kill(pid, 0)
+    # An orphan that nobody has waited for yet is still in the table.
+    assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
