@@ -1,0 +1,238 @@
+"""The command line: a table of stages, each imported when it is asked for.
+
+`quintet STAGE [--config FILE]... [key=value]...` works the same alone, under the `deepspeed` launcher and under srun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from data.errors import EXIT_DONE, ConfigError, QuintetError, UserError
+
+if TYPE_CHECKING:
+    from launcher.schema import Key
+
+# what a shell reports for a process ended by Ctrl-C, and for one whose reader has gone
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command: the module with its Config and run, one line for the list, an example, and the keys it sets itself."""
+
+    module: str
+    line: str
+    example: str
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+
+STAGES = {
+    "collect": Stage(
+        "data.collect",
+        "real text pairs in many languages, out of wheels that pip fetches",
+        "quintet collect output=demo/pairs",
+    ),
+    "pack": Stage(
+        "data.pack",
+        "records to shards with an index, duplicates out, an evaluation split held out",
+        "quintet pack input=pairs.jsonl output=shards columns.query=title columns.passage=body",
+    ),
+    "pretrain": Stage(
+        "trainer.train",
+        "contrastive pre-training with one global pool of negatives",
+        "deepspeed --no_python --no_local_rank quintet pretrain --config configs/pretrain/small.yaml data=shards",
+        {"objective": "contrastive"},
+    ),
+    "evaluate": Stage(
+        "trainer.evaluate",
+        "retrieval quality on held-out pairs and BEIR folders, with BM25 beside it",
+        "quintet evaluate model=run/model data=shards/holdout.jsonl output=results",
+    ),
+    "export": Stage(
+        "trainer.export",
+        "a checkpoint to a folder that sentence-transformers opens, reloaded and compared",
+        "quintet export run_dir=run output=model",
+    ),
+    "search": Stage(
+        "trainer.search",
+        "index texts and ask questions",
+        'quintet search model=run/model input=texts.jsonl query="how do I reset the device?"',
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: that of the process) and return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _configure_logging()
+    if words and words[0] in STAGES:
+        return _run_stage(words[0], words[1:])
+    if words and not words[0].startswith("-"):
+        near = difflib.get_close_matches(words[0], STAGES, n=1)
+        hint = f"did you mean {near[0]}?" if near else "quintet --help lists the commands"
+        _say(f"quintet: there is no command {words[0]}; {hint}")
+        return UserError.exit_code
+    parser = argparse.ArgumentParser(prog="quintet", add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    if parser.parse_args(words).version:
+        print(f"quintet {importlib.metadata.version('quintet')}")
+    else:
+        print(_list_of_stages())
+    return EXIT_DONE
+
+
+def _run_stage(name: str, words: list[str]) -> int:
+    """Load the configuration of a stage and run it; every foreseen end gives its exit code and one message."""
+    stage = STAGES[name]
+    options, overrides = _parse(name, words)
+    try:
+        module = importlib.import_module(stage.module)
+        if options.help:
+            print(_help(name, stage, module.Config))
+            return EXIT_DONE
+        return _load_and_run(module, stage, options, overrides)
+    except QuintetError as error:
+        # every rank reads the same configuration, so one of them tells what is wrong with it
+        if _rank() == 0 or not isinstance(error, ConfigError):
+            _say(traceback.format_exc() if options.debug else _message(name, error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            _say(f"quintet {name}: interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader of our output has gone (`quintet ... | head`): nothing may be written to it at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _load_and_run(module: Any, stage: Stage, options: argparse.Namespace, overrides: list[str]) -> int:
+    from launcher import config  # OmegaConf costs a tenth of a second, which `quintet --help` need not pay
+
+    if options.print_config:
+        text = config.render(module.Config, options.config, overrides, fixed=stage.fixed)
+        if _rank() == 0:
+            print(text, end="")
+        return EXIT_DONE
+    module.run(config.load(module.Config, options.config, overrides, fixed=stage.fixed))
+    return EXIT_DONE
+
+
+def _parse(name: str, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options that every stage takes, and the rest: its overrides."""
+    parser = argparse.ArgumentParser(prog=f"quintet {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    # launchers append it; the rank is read from the environment
+    parser.add_argument("--local_rank", "--local-rank", type=int)
+    options, rest = parser.parse_known_args(words)
+    return options, [word for word in rest if word != "--"]
+
+
+def _configure_logging() -> None:
+    """Plain lines to stderr on rank 0; from the other ranks warnings only, with the rank before them."""
+    rank = _rank()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    logger = logging.getLogger("quintet")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+
+
+def _rank() -> int:
+    """This process's number among those of its job: from the deepspeed or torchrun launcher, or from Slurm."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def _say(text: str) -> None:
+    """One message to the user, whole, even when several ranks write at once."""
+    rank = _rank()
+    sys.stderr.write(f"[rank {rank}] {text}\n" if rank else f"{text}\n")
+    sys.stderr.flush()
+
+
+def _message(name: str, error: QuintetError) -> str:
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        lines = "".join(f"\n  {problem}" for problem in error.problems)
+        return f"quintet {name}: {len(error.problems)} problems in the configuration:{lines}"
+    return f"quintet {name}: {error}"
+
+
+def _list_of_stages() -> str:
+    lines = "\n".join(f"  {name:9} {stage.line}" for name, stage in STAGES.items())
+    return f"""\
+Train text-embedding models from raw text pairs to an evaluated, exported model.
+
+Usage: quintet COMMAND [--config FILE]... [key=value]...
+
+{lines}
+
+Example: {STAGES["collect"].example}
+
+quintet COMMAND --help lists the keys of a command; quintet --version names the version."""
+
+
+def _help(name: str, stage: Stage, config_class: type) -> str:
+    from launcher.config import describe
+
+    keys = [key for key in describe(config_class) if key.name not in stage.fixed]
+    names = [_assignment(key) for key in keys]
+    width = min(max(map(len, names)), 40)
+    lines = "\n".join(f"  {left:{width}}  {_explanation(key)}" for left, key in zip(names, keys, strict=True))
+    return f"""\
+{stage.line[0].upper()}{stage.line[1:]}.
+
+Usage: quintet {name} [--config FILE]... [key=value]...
+
+  --config FILE    a YAML file of keys; may be repeated, a later one wins
+  --print-config   print the resulting configuration and stop
+  --debug          show where an error came from
+
+Keys, with their defaults (those with no value must be given):
+
+{lines}
+
+Example: {stage.example}"""
+
+
+def _assignment(key: Key) -> str:
+    if key.mandatory:
+        return f"{key.name}="
+    return f"{key.name}={_shown(key.default)}"
+
+
+def _shown(value: Any) -> str:
+    """A default as a user would write it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    bare = not isinstance(value, str) or (value and value == value.strip())
+    return str(value) if bare else repr(value)
+
+
+def _explanation(key: Key) -> str:
+    from launcher.schema import type_name
+
+    bounds = (("at least", key.low), ("above", key.above), ("at most", key.high))
+    limits = [f"{word} {bound}" for word, bound in bounds if bound is not None]
+    kind = " | ".join(map(str, key.choices)) if key.choices else type_name(key.type)
+    return f"{key.help} ({', '.join([kind, *limits])})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
