@@ -21,7 +21,7 @@ MAX_MEMBER_BYTES = 64 << 20
 
 _STRINGS = pa.list_(pa.string())
 _HASHES = pa.list_(pa.int64())
-FIELDS = (
+_FIELDS = (
     ("query", pa.string()),
     ("passage", pa.string()),
     ("source", pa.string()),
@@ -46,11 +46,14 @@ class BadBlock(ValueError):
 
 def schema(token_dtype: str | None = None) -> pa.Schema:
     """The columns of a block; `token_dtype` ("uint16" or "uint32") adds those of the tokens."""
-    fields = list(FIELDS)
+    fields = list(_FIELDS)
     if token_dtype is not None:
         tokens = pa.list_(pa.type_for_alias(token_dtype))
         fields += zip(TOKEN_COLUMNS, (tokens, tokens, pa.list_(tokens)), strict=True)
     return pa.schema(fields)
+
+
+_SCHEMAS = (schema(), schema("uint16"), schema("uint32"))
 
 
 def table(rows: Sequence[Row], source: str, tokens: Sequence[Tokens] = (), token_dtype: str | None = None) -> pa.Table:
@@ -86,23 +89,23 @@ def encode(block: pa.Table) -> bytes:
 
 
 def decode(buffer: pa.Buffer) -> pa.Table:
-    """The table of an Arrow IPC stream, without a copy; every offset and every text is validated. Raises BadBlock."""
+    """The table of an Arrow IPC stream, without a copy; every offset and every text is validated. Raises BadBlock.
+
+    Its columns are those of `schema()`, or all three of TOKEN_COLUMNS beside them.
+    """
     try:
         block = pa.ipc.open_stream(buffer).read_all()
         block.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise BadBlock(f"not a sound Arrow stream ({error})") from None
-    for name, kind in FIELDS:
-        if name not in block.column_names:
-            raise BadBlock(f"no column {name!r}")
-        if block.schema.field(name).type != kind:
-            raise BadBlock(f"the column {name!r} is {block.schema.field(name).type}, not {kind}")
+    if not any(block.schema.equals(known) for known in _SCHEMAS):
+        raise BadBlock(f"the columns are {', '.join(f'{f.name} {f.type}' for f in block.schema)}")
     if any(_nulls(column) for column in block.columns):
         raise BadBlock("null values")
-    return block
+    return block if len(block.columns[0].chunks) == 1 else block.combine_chunks()
 
 
-def row(body: memoryview) -> Row:
+def row(body: bytes | memoryview) -> Row:
     """The row of a plain shard's JSON member. Raises BadRecord."""
     if len(body) > MAX_MEMBER_BYTES:
         raise BadRecord("text too long", f"the member has {len(body)} bytes")
@@ -112,7 +115,7 @@ def row(body: memoryview) -> Row:
         raise _json_fault(body, error) from None
 
 
-def _json_fault(body: memoryview, error: orjson.JSONDecodeError) -> BadRecord:
+def _json_fault(body: bytes | memoryview, error: orjson.JSONDecodeError) -> BadRecord:
     try:
         str(body, "utf-8")
     except UnicodeDecodeError as fault:

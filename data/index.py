@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from data.errors import DataError
+from data.errors import DataError, UserError
 
 FORMAT = "quintet-shards-1"
 INDEX_NAME = "index.json"
@@ -28,7 +28,7 @@ MAX_INDEX_BYTES = 1 << 30
 # The fewest bytes that a record takes: two tar blocks in a plain shard, its two hashes in an Arrow member.
 MIN_RECORD_BYTES = {"plain": 1024, "block": 16}
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+@-]{0,99}")
-_FILE_NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,250}\.tar")
+FILE_NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,250}\.tar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +120,32 @@ def decode(text: bytes, folder: str, name: str) -> Index:
     return index
 
 
-def read(path: Path) -> Index:
-    """Read an index file. Raises DataError."""
+def read(path: Path, folder: str | Path) -> Index:
+    """Read the index file of the shards in `folder`. Raises DataError."""
     size = path.stat().st_size
     if size > MAX_INDEX_BYTES:
         raise _bad(str(path), f"has {size} bytes, more than an index has ({MAX_INDEX_BYTES})")
-    return decode(path.read_bytes(), str(path.parent), str(path))
+    return decode(path.read_bytes(), str(folder), str(path))
+
+
+def write(path: Path, index: Index) -> None:
+    """Put an index file in its place at once: under a temporary name, synced, then renamed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        file.write(encode(index))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a crash."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _block_row(block: BlockInfo) -> list[int | str]:
@@ -140,7 +160,7 @@ def _shard(row: object, name: str) -> ShardInfo:
     if not isinstance(row, dict):
         raise _bad(name, "has a shard that is no object")
     file, source, kind = row.get("file"), row.get("source"), row.get("kind")
-    if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+    if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
         raise _bad(name, f"names the file {file!r}, which is no plain NAME.tar")
     if not isinstance(source, str) or not SOURCE_NAME.fullmatch(source):
         raise _bad(name, f"names the source {source!r}")
@@ -195,11 +215,11 @@ def _hex(value: object, length: int, name: str, key: str) -> str:
 
 
 def subset(index: Index, files: Iterable[str]) -> Index:
-    """The index of some of its files, in the index's order; raises DataError when it does not list one."""
+    """The index of some of its files, in the index's order; raises UserError when it does not list one."""
     wanted = set(files)
     unknown = sorted(wanted - {shard.file for shard in index.shards})
     if unknown:
-        raise _bad(os.path.join(index.folder, INDEX_NAME), f"does not list {unknown[0]!r}")
+        raise UserError(f"data={os.path.join(index.folder, unknown[0])!r}: not in the {INDEX_NAME} beside it")
     return Index(index.folder, tuple(s for s in index.shards if s.file in wanted), index.tokenizer)
 
 

@@ -53,11 +53,11 @@ Row = tuple[str, str, str, str, str, tuple[str, ...], str, bool]
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used; `reason` is one of REASONS, the text adds the field."""
+    """A record that cannot be used; `reason` is one of REASONS, `detail` names the field."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason
-        self.reason = reason
+        self.reason, self.detail = reason, detail
         super().__init__(f"{reason}: {detail}" if detail else reason)
 
 

@@ -1,7 +1,7 @@
 """Walks tar archives held in memory, verifying every header, and goes on behind a damaged place.
 
-Python's tarfile takes a damaged header after the first member for the end of the archive, so data behind it is lost
-without an error. Here the walk tells what it found and where, looks for the next sound header, and never believes a
+Python's tarfile takes a damaged header after the first member for the end of the archive, so what lies behind it is
+lost without an error. This walk tells what it found and where, looks for the next sound header, and never believes a
 declared size that the archive has no room for. Formats: ustar, and the long names of GNU tar and of pax.
 """
 
@@ -12,20 +12,34 @@ from dataclasses import dataclass
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
+_MANY_ZEROS = bytes(128 * BLOCK)
 _REGULAR = b"0\0"
-_LONG_NAME = ord("L")
+_DIRECTORY = ord("5")
+_GNU_LONG_NAME = ord("L")
 _PAX = ord("x")
-_PREFIXES = b"Lxg"
-# A name of that length is no name; it bounds what a prefix member can make us read.
+_PAX_GLOBAL = ord("g")
+_PREFIXES = bytes((_GNU_LONG_NAME, _PAX, _PAX_GLOBAL))
+# A longer name is no name; this bounds what a prefix member can make us copy.
 _MAX_PREFIX_BYTES = 64 * 1024
+
+CAUSES = frozenset(
+    {
+        "cut in a header",
+        "cut in data",
+        "cut at a member boundary",
+        "damaged header",
+        "zero hole",
+        "unsupported member",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One member: bytes [offset, end) with its headers and padding, the payload [data, data + size)."""
+    """A member in the bytes [offset, end), long names and padding included; its payload is [data, data + size)."""
 
     name: str
-    regular: bool
+    kind: int
     offset: int
     data: int
     size: int
@@ -34,10 +48,18 @@ class Member:
     def end(self) -> int:
         return self.data + _padded(self.size)
 
+    @property
+    def is_file(self) -> bool:
+        return self.kind in _REGULAR
+
+    @property
+    def is_folder(self) -> bool:
+        return self.kind == _DIRECTORY
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A place where the archive is damaged: bytes [offset, end) hold no member that can be trusted."""
+    """Bytes [offset, end) hold no member that can be trusted, for one of CAUSES."""
 
     cause: str
     offset: int
@@ -45,141 +67,130 @@ class Fault:
 
 
 class _BadHeader(Exception):
-    def __init__(self, cause: str, offset: int) -> None:
-        self.cause, self.offset = cause, offset
+    def __init__(self, cause: str) -> None:
+        self.cause = cause
 
 
 def walk(view: memoryview, *, archive: bool = True) -> Iterator[Member | Fault]:
-    """Every member and every fault of `view`, in order; offsets count from its start.
+    """Every member and every fault of `view` in order, without gap or overlap; offsets count from its start.
 
     Args:
-        view: the bytes of a whole archive, or of some whole members of one (`archive=False`: then no
-            end-of-archive mark is asked for).
+        view: the bytes of a whole archive, or with `archive=False` of whole members out of one, which have no
+            end-of-archive mark behind them.
     """
     offset, end = 0, len(view)
     while offset < end:
-        if view[offset : offset + BLOCK] == _ZEROS:
-            after = _after_zeros(view, offset)
-            if after == end:
-                return
-            yield Fault("zero hole", offset, after)
-            offset = after
-            continue
         try:
+            if view[offset : offset + BLOCK] == _ZEROS:
+                if archive and _only_zeros(view, offset):
+                    return
+                raise _BadHeader("zero hole")
             member = _member(view, offset)
         except _BadHeader as error:
-            fault = Fault(error.cause, offset, _next_header(view, error.offset + BLOCK))
+            fault = Fault(error.cause, offset, _next_sound(view, offset + BLOCK))
             yield fault
             offset = fault.end
-            continue
-        yield member
-        offset = member.end
+            if offset == end:
+                return
+        else:
+            yield member
+            offset = member.end
     if archive:
         yield Fault("cut at a member boundary", end, end)
 
 
-def payloads(view: memoryview) -> list[tuple[int, int]]:
-    """(start, end) of every regular member's payload, believing the headers: for bytes whose hash was checked.
+def payloads(span: bytes) -> list[bytes]:
+    """The payloads of the files in whole members, believing their headers: for bytes whose hash was checked.
 
     Raises ValueError when the headers do not lead exactly to the end.
     """
-    spans = []
-    offset, end = 0, len(view)
+    found, offset, end = [], 0, len(span)
     while offset < end:
-        size = int(view[offset + 124 : offset + 136].tobytes().rstrip(b"\0 "), 8)
-        data = offset + BLOCK
-        kind = view[offset + 156]
+        size = int(span[offset + 124 : offset + 136].strip(b"\0 "), 8)
+        kind, data = span[offset + 156], offset + BLOCK
         if kind in _REGULAR:
-            spans.append((data, data + size))
+            found.append(span[data : data + size])
         elif kind not in _PREFIXES:
-            raise ValueError(f"unexpected type of member at {offset}")
-        offset = data + _padded(size)
+            raise ValueError(f"a member of type {chr(kind)!r}")
+        offset = data + (size + BLOCK - 1 & -BLOCK)
     if offset != end:
-        raise ValueError("the last member is longer than its block")
-    return spans
+        raise ValueError("the last member ends outside of its span")
+    return found
 
 
 def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+    return size + BLOCK - 1 & -BLOCK
 
 
-def _after_zeros(view: memoryview, offset: int) -> int:
-    """Where the run of zero blocks that begins at `offset` ends."""
-    step = 1 << 16
-    blank = bytes(step)
-    while offset + step <= len(view) and view[offset : offset + step] == blank:
+def _only_zeros(view: memoryview, offset: int) -> bool:
+    step = len(_MANY_ZEROS)
+    while offset + step <= len(view):
+        if view[offset : offset + step] != _MANY_ZEROS:
+            return False
         offset += step
-    while offset + BLOCK <= len(view) and view[offset : offset + BLOCK] == _ZEROS:
-        offset += BLOCK
-    tail = len(view) - offset
-    return len(view) if tail < BLOCK and not any(view[offset:]) else offset
+    return not any(view[offset:])
 
 
-def _next_header(view: memoryview, offset: int) -> int:
-    """The first sound header or zero block at or behind `offset`."""
+def _next_sound(view: memoryview, offset: int) -> int:
+    """Where the first sound header at or behind `offset` is, or the end."""
     while offset + BLOCK <= len(view):
-        header = bytes(view[offset : offset + BLOCK])
-        if header == _ZEROS or _sound(header):
+        if _sound(bytes(view[offset : offset + BLOCK])):
             return offset
         offset += BLOCK
     return len(view)
 
 
 def _sound(header: bytes) -> bool:
-    """Whether the checksum is right, which is the sum of all bytes with blanks in the checksum's place."""
+    """Whether the checksum holds: the sum of the header's bytes, with blanks in the checksum's own place."""
+    field = header[148:156].strip(b"\0 ")
     try:
-        declared = int(header[148:156].strip(b"\0 ") or b"x", 8)
+        return bool(field) and int(field, 8) == sum(header) - sum(header[148:156]) + 8 * 32
     except ValueError:
         return False
-    return declared == sum(header) - sum(header[148:156]) + 8 * 32
 
 
 def _member(view: memoryview, start: int) -> Member:
-    """The member whose headers begin at `start`; raises _BadHeader when there is none to trust."""
+    """The member whose headers begin at `start`. Raises _BadHeader when there is none to trust."""
     offset, long_name = start, ""
     while True:
         header = bytes(view[offset : offset + BLOCK])
         if len(header) < BLOCK:
-            raise _BadHeader("cut in a header", offset)
+            raise _BadHeader("cut in a header")
         if not _sound(header):
-            raise _BadHeader("damaged header", offset)
-        size, kind, data = _size(header, offset), header[156], offset + BLOCK
-        if data + size > len(view):
-            raise _BadHeader("cut in data", offset)
+            raise _BadHeader("damaged header")
+        size, kind, data = _size(header), header[156], offset + BLOCK
+        if data + _padded(size) > len(view):
+            raise _BadHeader("cut in data")
         if kind not in _PREFIXES:
-            if data + _padded(size) > len(view):
-                raise _BadHeader("cut in data", offset)
-            return Member(long_name or _name(header), kind in _REGULAR, start, data, size)
+            return Member(long_name or _name(header), kind, start, data, size)
         if size > _MAX_PREFIX_BYTES:
-            raise _BadHeader("damaged header", offset)
+            raise _BadHeader("unsupported member")
         body = bytes(view[data : data + size])
-        if kind == _LONG_NAME:
+        if kind == _GNU_LONG_NAME:
             long_name = _text(body.rstrip(b"\0"))
         elif kind == _PAX:
-            long_name = _pax_name(body, offset) or long_name
+            long_name = _pax_name(body) or long_name
         offset = data + _padded(size)
 
 
-def _size(header: bytes, offset: int) -> int:
+def _size(header: bytes) -> int:
     field = header[124:136]
-    if field[0] & 0x80:  # GNU's base 256, for members of 8 GiB and more
+    if field[0] & 0x80:  # GNU writes sizes of 8 GiB and more in base 256
         return int.from_bytes(field[1:], "big")
     try:
         size = int(field.strip(b"\0 ") or b"0", 8)
     except ValueError:
-        raise _BadHeader("damaged header", offset) from None
+        raise _BadHeader("damaged header") from None
     if size < 0:
-        raise _BadHeader("damaged header", offset)
+        raise _BadHeader("damaged header")
     return size
 
 
 def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:262] == b"ustar" and header[345]:
-        prefix = header[345:500].split(b"\0", 1)[0]
-        # GNU tar keeps times in the place of the prefix, and says so by its version of the magic.
-        if header[262:265] == b"\x0000":
-            name = prefix + b"/" + name
+    name = header[:100].partition(b"\0")[0]
+    # Only POSIX ustar (version "00") has a prefix there; GNU's own format keeps times in its place.
+    if header[257:265] == b"ustar\x0000" and header[345]:
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
     return _text(name)
 
 
@@ -187,17 +198,17 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "replace")
 
 
-def _pax_name(body: bytes, offset: int) -> str:
-    """The `path` among pax records, each of them "LENGTH KEY=VALUE\\n"."""
+def _pax_name(body: bytes) -> str:
+    """The `path` among pax records, each of them "LENGTH KEY=VALUE\\n" with LENGTH counting itself."""
     name = ""
     while body:
-        digits, _, _ = body.partition(b" ")
-        if not digits.isdigit() or len(digits) > 6 or not 0 < int(digits) <= len(body):
-            raise _BadHeader("damaged header", offset)
+        digits = body.partition(b" ")[0]
+        if not digits.isdigit() or len(digits) > 6 or not len(digits) + 1 < int(digits) <= len(body):
+            raise _BadHeader("damaged header")
         key, _, value = body[len(digits) + 1 : int(digits) - 1].partition(b"=")
         if key == b"path":
             name = _text(value)
-        if key in (b"size", b"GNU.sparse.size"):
-            raise _BadHeader("member of another format", offset)
+        elif key == b"size" or key.startswith(b"GNU.sparse"):
+            raise _BadHeader("unsupported member")
         body = body[int(digits) :]
     return name

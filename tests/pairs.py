@@ -10,10 +10,10 @@ from data.records import Record
 from data.shards import ShardWriter, write_index
 
 _WORDS = {
-    "en": "river stone light window paper morning bread copper garden letter".split(),
-    "de": "Fluss Stein Licht Fenster Papier Morgen Brot Kupfer Garten Straße".split(),
-    "el": "ποτάμι πέτρα φως παράθυρο χαρτί πρωί ψωμί χαλκός κήπος γράμμα".split(),
-    "ja": "川 石 光 窓 紙 朝 パン 銅 庭 手紙".split(),
+    "en": ["river", "stone", "light", "window", "paper", "morning", "bread", "copper", "garden", "letter"],
+    "de": ["Fluss", "Stein", "Licht", "Fenster", "Papier", "Morgen", "Brot", "Kupfer", "Garten", "Straße"],
+    "el": ["ποτάμι", "πέτρα", "φως", "παράθυρο", "χαρτί", "πρωί", "ψωμί", "χαλκός", "κήπος", "γράμμα"],
+    "ja": ["川", "石", "光", "窓", "紙", "朝", "パン", "銅", "庭", "手紙"],
 }
 LANGUAGES = tuple(_WORDS)
 
