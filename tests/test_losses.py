@@ -154,7 +154,7 @@ def test_loss_and_gradient_equal_sentence_transformers_multiple_negatives_rankin
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     query, positive = embeddings(32, 24, 1), related(embeddings(32, 24, 1), 2, noise=1.5)
     hard = [embeddings(32, 24, 3 + number) for number in range(negatives)]
-    theirs = [text.clone().requires_grad_() for text in (query, positive, *hard)]
+    theirs = [text.double().requires_grad_() for text in (query, positive, *hard)]
     peer = losses.MultipleNegativesRankingLoss(model=None, scale=100.0)
     expected = peer.compute_loss_from_embeddings(theirs, None)
     expected.backward()
