@@ -20,10 +20,13 @@ import zstandard
 from transformers import AutoModel, AutoTokenizer
 
 from data.errors import NumericError, UserError
+from data.rules import Prompts
 from trainer import bm25, distributed, evaluate, retrieval, sets
 from trainer.encode import encode_texts
 from trainer.encoder import open_model
 from trainer.metrics import NAMES
+
+PROMPTS = Prompts(query="q: ", passage="p: ")
 
 ROWS = [
     {"query": "living room", "passage": "Where the sofa stands.", "source": "titles", "lang": "en"},
@@ -132,7 +135,7 @@ def test_a_document_with_the_querys_number_stays_unless_it_is_the_query_itself(t
     assert data.own.tolist() == [-1, 1, -1]  # query 3 is its own passage too, but that is a judged answer
     vectors = {"q: Second query": [1.0, 0.0], "q: third": [0.0, 1.0], "q: " + data.queries[0]: [0.5, 0.0]}
     vectors |= {"p: first": [0.6, 0.6], "p: Second  query": [1.0, 0.0], "p: third": [0.9, 1.0]}
-    result = retrieval.score(data, _by_text(vectors), "q: ", "p: ")
+    result = retrieval.score(data, _by_text(vectors), PROMPTS)
     # Query 2 finds passages 2, 3, 1; without itself its answer is first. Query 1 finds 2, 3, 1: third place.
     assert result["mrr_at_10"] == pytest.approx((1 / 3 + 1 + 1) / 3)
 
@@ -147,7 +150,7 @@ def test_unknown_ids_are_counted_and_a_missing_answer_counts_as_never_found(tmp_
     (data,) = sets.load(str(folder))
     assert "1 query ids are not in queries.jsonl" in data.notes[0]
     assert "1 answers are not in the corpus" in data.notes[1]
-    result = retrieval.score(data, lambda texts: torch.ones(len(texts), 1), "", "")
+    result = retrieval.score(data, lambda texts: torch.ones(len(texts), 1), PROMPTS)
     assert result["recall_at_100"] == 0.5
     assert result["ndcg_at_10"] == pytest.approx(1 / (1 + 1 / math.log2(3)))
 
@@ -210,7 +213,7 @@ def test_scores_equal_trec_evals_over_rows_and_within_each_source(tmp_path: Path
     random = np.random.default_rng(4)
     texts = [f"q: {row['query']}" for row in rows] + [f"p: {row['passage']}" for row in rows]
     vectors = {text: random.normal(size=8).tolist() for text in texts}
-    result = retrieval.score(data, _by_text(vectors), "q: ", "p: ")
+    result = retrieval.score(data, _by_text(vectors), PROMPTS)
 
     passages = list(dict.fromkeys(row["passage"] for row in rows))
     truth: dict[str, dict[str, int]] = {}
@@ -231,9 +234,17 @@ def test_scores_equal_trec_evals_over_rows_and_within_each_source(tmp_path: Path
     assert "by_lang" not in result
 
 
-def test_symmetric_pairs_take_the_querys_prompt_on_both_sides(tmp_path: Path) -> None:
-    (data,) = sets.load(str(_jsonl(tmp_path / "rooms.jsonl", [ROWS[3], ROWS[1]])))
-    assert retrieval.passage_texts(data, "q: ", "p: ") == ["q: Where the sofa stands.", "p: Wo das Sofa steht."]
+def test_each_side_takes_the_prompt_that_training_gives_it(tmp_path: Path) -> None:
+    rows = [
+        {"query": "plain", "passage": "p1"},
+        {"query": "even", "passage": "p2", "symmetric": True},
+        {"query": "told", "passage": "p3", "instruction": "Find it"},
+        {"query": "both", "passage": "p4", "instruction": "Match it", "symmetric": True},
+    ]
+    (data,) = sets.load(str(_jsonl(tmp_path / "kinds.jsonl", rows)))
+    told, both = "Instruct: Find it\nQuery: ", "Instruct: Match it\nQuery: "
+    assert retrieval.query_texts(data, PROMPTS) == ["q: plain", "q: even", told + "told", both + "both"]
+    assert retrieval.passage_texts(data, PROMPTS) == ["p: p1", "q: p2", "p3", both + "p4"]
 
 
 def test_broken_weights_end_as_a_numeric_error(tmp_path: Path) -> None:
@@ -244,7 +255,7 @@ def test_broken_weights_end_as_a_numeric_error(tmp_path: Path) -> None:
             return torch.tensor([[math.nan if bad in text else 1.0] for text in texts])
 
         with pytest.raises(NumericError, match="rooms"):
-            retrieval.score(data, encode, "", "")
+            retrieval.score(data, encode, PROMPTS)
 
 
 # --- BM25 ------------------------------------------------------------------------------------------------------
@@ -341,23 +352,21 @@ def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
     assert 0 < (exact - rounded).abs().max() < 0.05
 
 
-def _score_on_this_rank(folder: str, path: str) -> dict:
-    model = open_model(folder)
-    encode = partial(encode_texts, model, agree_max=distributed.agree_max, tokens_per_chunk=64)
-    (data,) = sets.load(path)
+def _score_on_this_rank(folder: str, paths: list[str]) -> list[dict]:
+    encode = partial(encode_texts, open_model(folder), agree_max=distributed.agree_max, tokens_per_chunk=64)
     here = retrieval.Ranks(distributed.rank(), distributed.world(), distributed.gather_rows)
-    return retrieval.score(data, encode, "query: ", "passage: ", ranks=here)
+    return [retrieval.score(data, encode, Prompts(), ranks=here) for data in sets.load(paths)]
 
 
 def test_ranks_share_an_evaluation_and_get_what_one_process_gets(tmp_path: Path) -> None:
-    folder = str(tiny.bert(tmp_path / "model"))
-    rows = _random_rows(5, count=37)
-    for name, part in (("many", rows), ("fewer_than_ranks", rows[:2])):
-        path = str(_jsonl(tmp_path / f"{name}.jsonl", part))
-        alone = _score_on_this_rank(folder, path)
-        for together in ranks.run(_score_on_this_rank, 3, tmp_path, folder, path):
-            assert together.keys() == alone.keys()
-            assert [together[metric] for metric in NAMES] == pytest.approx([alone[metric] for metric in NAMES])
+    folder, rows = str(tiny.bert(tmp_path / "model")), _random_rows(5, count=37)
+    parts = {"many": rows, "fewer_than_ranks": rows[:2]}
+    paths = [str(_jsonl(tmp_path / f"{name}.jsonl", part)) for name, part in parts.items()]
+    alone = _score_on_this_rank(folder, paths)
+    for together in ranks.run(_score_on_this_rank, 3, tmp_path, folder, paths):
+        for mine, right in zip(together, alone, strict=True):
+            assert mine.keys() == right.keys()
+            assert [mine[metric] for metric in NAMES] == pytest.approx([right[metric] for metric in NAMES])
 
 
 # --- the stage -------------------------------------------------------------------------------------------------

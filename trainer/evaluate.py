@@ -57,6 +57,7 @@ def run(config: Config) -> None:
         UserError: missing model or data, or a device that is not there.
         NumericError: the model gives NaN or infinity.
     """
+    from data.rules import Prompts
     from trainer import retrieval, sets
     from trainer.encode import load_model, pick_device
 
@@ -65,12 +66,13 @@ def run(config: Config) -> None:
     data_sets = sets.load(config.data, split=config.split, limit=config.limit, seed=config.seed)
     model = _with_overrides(load_model(config.model, device), config)
     encode = _encode(model, config, device)
+    prompts = Prompts(query=model.query_prompt, passage=model.passage_prompt)
     results: dict[str, Result] = {}
     for data in data_sets:
         for note in data.notes:
             _log.warning(note)
         _log.info("%s: %d queries, %d passages", data.name, len(data.rows), len(data.passages))
-        found = retrieval.score(data, encode, model.query_prompt, model.passage_prompt, device=device)
+        found = retrieval.score(data, encode, prompts, device=device)
         results[data.name] = found | ({"bm25": retrieval.score_bm25(data)} if config.bm25 else {})
     notes = [note for data in data_sets for note in data.notes]
     _write(Path(config.output), results, _about(config, model, device, notes, time.perf_counter() - begin))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.errors import NumericError
+from data.rules import Prompts, passage_prefix, query_prefix
 from trainer import bm25, metrics
 from trainer.sets import RetrievalSet
 from trainer.topk import top_k
@@ -45,8 +46,7 @@ class Ranks:
 def score(
     data: RetrievalSet,
     encode: Encode,
-    query_prompt: str,
-    passage_prompt: str,
+    prompts: Prompts,
     *,
     ranks: Ranks = Ranks(),
     device: torch.device | str = "cpu",
@@ -62,8 +62,7 @@ def score(
     Raises:
         NumericError: the encoder gave a vector with NaN or infinity (on all ranks at once).
     """
-    passages = passage_texts(data, query_prompt, passage_prompt)
-    queries = query_texts(data, query_prompt)
+    queries, passages = query_texts(data, prompts), passage_texts(data, prompts)
     mine = ranks.split(len(passages))
     corpus = ranks.join(encode([passages[number] for number in mine]), len(passages))
     asked = ranks.split(len(queries))
@@ -84,15 +83,16 @@ def score_bm25(data: RetrievalSet) -> Result:
     return averages(data, metrics.per_query(_results(found, data.own), data.relevance))
 
 
-def query_texts(data: RetrievalSet, query_prompt: str) -> list[str]:
+def query_texts(data: RetrievalSet, prompts: Prompts) -> list[str]:
     """What is encoded for each query."""
-    return [query_prompt + query for query in data.queries]
+    queries = zip(data.queries, data.instructions, strict=True)
+    return [query_prefix(prompts, instruction) + query for query, instruction in queries]
 
 
-def passage_texts(data: RetrievalSet, query_prompt: str, passage_prompt: str) -> list[str]:
-    """What is encoded for each passage: those of symmetric pairs take the query's prompt."""
-    prompts = np.where(data.symmetric, query_prompt, passage_prompt)
-    return [prompt + passage for prompt, passage in zip(prompts, data.passages, strict=True)]
+def passage_texts(data: RetrievalSet, prompts: Prompts) -> list[str]:
+    """What is encoded for each passage."""
+    passages = zip(data.passages, data.kinds, strict=True)
+    return [passage_prefix(prompts, instruction, symmetric) + text for text, (instruction, symmetric) in passages]
 
 
 def averages(data: RetrievalSet, values: np.ndarray) -> Result:

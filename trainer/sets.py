@@ -33,7 +33,8 @@ class RetrievalSet:
     Attributes:
         name: the file's stem or the folder's name.
         queries, instructions: q texts each; an instruction is "" where there is none.
-        passages: m texts; symmetric: bool [m], True where a passage takes the query's prompt.
+        passages: m texts; kinds: m times the instruction and the symmetry of the first row that has this passage,
+            which decide its prompt.
         relevance: over the q queries. Passage numbers from m on were judged, but are not in the corpus.
         own: int64 [q], the passage that is the query itself and so is no result, or -1.
         rows: int64 [n], which query each row asks; sources, langs: n labels, "" where not known.
@@ -44,7 +45,7 @@ class RetrievalSet:
     queries: tuple[str, ...]
     instructions: tuple[str, ...]
     passages: tuple[str, ...]
-    symmetric: np.ndarray
+    kinds: tuple[tuple[str, bool], ...]
     relevance: Relevance
     own: np.ndarray
     rows: np.ndarray
@@ -122,15 +123,15 @@ def _pairs(path: Path, name: str) -> RetrievalSet:
     queries: dict[tuple[str, str], int] = {}
     passages: dict[str, int] = {}
     answers: list[dict[int, int]] = []
-    symmetric: list[bool] = []
+    kinds: list[tuple[str, bool]] = []
     rows = np.empty(len(records), dtype=np.int64)
     for row, record in enumerate(records):
         query = queries.setdefault((record.query, record.instruction), len(queries))
         passage = passages.setdefault(record.passage, len(passages))
         if query == len(answers):
             answers.append({})
-        if passage == len(symmetric):
-            symmetric.append(record.symmetric)
+        if passage == len(kinds):
+            kinds.append((record.instruction, record.symmetric))
         answers[query][passage] = 1
         rows[row] = query
     return RetrievalSet(
@@ -138,7 +139,7 @@ def _pairs(path: Path, name: str) -> RetrievalSet:
         queries=tuple(query for query, _ in queries),
         instructions=tuple(instruction for _, instruction in queries),
         passages=tuple(passages),
-        symmetric=np.array(symmetric),
+        kinds=tuple(kinds),
         relevance=relevance(answers),
         own=np.full(len(queries), -1, dtype=np.int64),
         rows=rows,
@@ -196,7 +197,7 @@ def _beir(folder: Path, name: str, split: str) -> RetrievalSet:
         queries=tuple(texts[key].strip() for key in judged),
         instructions=("",) * len(judged),
         passages=tuple(text for text, _ in corpus.values()),
-        symmetric=np.zeros(len(corpus), dtype=bool),
+        kinds=(("", False),) * len(corpus),
         relevance=relevance(answers),
         own=own,
         rows=np.arange(len(judged)),

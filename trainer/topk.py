@@ -6,6 +6,9 @@ numbers, and the k best results so far of every query.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -22,7 +25,7 @@ def top_k(
     """The k passages with the highest inner product for each query; of equal scores the lower number comes first.
 
     Args:
-        queries: [n, d]; passages: [m, d], finite, of one dtype. Scores are computed in that dtype.
+        queries: [n, d]; passages: [m, d], finite, of one dtype. Scores are computed in that dtype, without TF32.
         k: at least 1; min(k, m) results are given.
         query_block, passage_block: rows of a block of the score matrix. They change memory and speed only
             (and the last bit of a score, where the matrix product sums in another order).
@@ -37,10 +40,22 @@ def top_k(
     numbers = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
     for start in range(0, len(passages), passage_block):
         block = passages[start : start + passage_block].to(device).T
-        found = [_best_of_block(rows @ block, k) for rows in queries.split(query_block)]
+        with _full_products():
+            found = [_best_of_block(rows @ block, k) for rows in queries.split(query_block)]
         block_scores, block_numbers = (torch.cat(parts) for parts in zip(*found, strict=True))
         scores, numbers = _merge(scores, numbers, block_scores, block_numbers + start, k)
     return scores, numbers
+
+
+@contextmanager
+def _full_products() -> Iterator[None]:
+    """Keep TF32 out, which a training run may have allowed: its error is larger than the gaps between neighbours."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _best_of_block(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
