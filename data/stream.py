@@ -1,0 +1,304 @@
+"""The batches of a rank, one for every step for ever: what the order asks for, read, substituted and collated.
+
+`batch(step)` depends on the step and on the bytes of the shards, on nothing that happened before. Threads read ahead
+(Arrow, the tokenizer and numpy work outside of Python's lock) and hand their batches over in the order of the steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data.collate import Batch, Collate, Part
+from data.errors import DataError
+from data.mixture import Mixture, Source
+from data.order import ROW_BITS, Order
+from data.reading import Block, Policy, cause, read_block
+
+log = logging.getLogger("quintet")
+
+CACHE_BYTES = 1 << 30
+READ_AHEAD = 4
+# Blocks of a lane, and after them blocks of its source, in which a readable substitute is looked for.
+MAX_SUBSTITUTE_BLOCKS = 64
+
+
+class Stream:
+    """The batches of one rank.
+
+    Args:
+        mixture: the sources.
+        order: made by `mixture.order`.
+        collate: makes batches out of rows.
+        rank, world: this rank reads the lanes rank, rank + world, ...
+        policy: what happens to damaged data: `strict` raises DataError; `skip` puts another readable record of the
+            same lane (or, when the whole lane is lost, of the source) in its place and counts it.
+        workers: threads that prepare batches.
+        read_ahead: batches that are prepared before they are asked for; 0 uses no thread.
+        cache_bytes: decoded blocks that are kept, in bytes.
+
+    Raises:
+        UserError: the lanes cannot be dealt to `world` ranks.
+        DataError: the first block of a source is damaged, under `strict`.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        order: Order,
+        collate: Collate,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        policy: Policy = "strict",
+        workers: int = 1,
+        read_ahead: int = READ_AHEAD,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        order.check_world(world)
+        self._order, self._collate = order, collate
+        self._rank, self._world = rank, world
+        self._workers, self._read_ahead = workers, read_ahead
+        cache = Cache(cache_bytes)
+        self._readers = [_Reader(source, policy, cache) for source in mixture.sources]
+        self._stored = [reader.opens_stored(collate) for reader in self._readers]
+        _warn_of_small_cache(mixture, order, order.lanes // world, cache_bytes)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step; `bad` counts every record that was due in it and could not be read.
+
+        Raises:
+            DataError: damage under `strict`, or a source with nothing readable.
+            UserError: a record has fewer negatives than asked for.
+        """
+        return self._prepare(step)[0]
+
+    def batches(self, start_step: int = 0) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) for every step from `start_step`, for ever; an error is raised at its own step.
+
+        Here `bad` counts a bad record only the first time it comes. Closing the iterator stops the reading ahead.
+        """
+        known: set[int] = set()
+        for step, (batch, lost) in enumerate(self._ahead(start_step), start_step):
+            fresh = {record: why for record, why in lost.items() if record not in known}
+            known.update(fresh)
+            yield step, replace(batch, bad=dict(Counter(fresh.values())))
+
+    def _ahead(self, start_step: int) -> Iterator[tuple[Batch, dict[int, str]]]:
+        """What `_prepare` gives for every step, made by threads before it is asked for."""
+        steps = itertools.count(start_step)
+        if not self._read_ahead:
+            yield from map(self._prepare, steps)
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="quintet-read")
+        pending = deque(pool.submit(self._prepare, next(steps)) for _ in range(self._read_ahead))
+        try:
+            while True:
+                result = pending.popleft().result()
+                pending.append(pool.submit(self._prepare, next(steps)))
+                yield result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _prepare(self, step: int) -> tuple[Batch, dict[int, str]]:
+        """The batch of a step, and the ids of the records it lost with the causes."""
+        ids = self._order.rank_batch(step, self._rank, self._world)
+        lost = self._substitute(step, ids)
+        numbers = ids >> ROW_BITS
+        used = np.unique(numbers)
+        parts = [self._part(int(number), ids, np.flatnonzero(numbers == number)) for number in used]
+        name = self._order.sources[int(used[0])].name if len(used) == 1 else ""
+        return self._collate(parts, ids, name, dict(Counter(lost.values()))), lost
+
+    def _part(self, number: int, ids: NDArray[np.int64], rows: NDArray[np.int64]) -> Part:
+        """The records of one source that stand at `rows` of the batch."""
+        reader, stored = self._readers[number], self._stored[number]
+        source, records = reader.source, ids[rows] & ((1 << ROW_BITS) - 1)
+        return Part(
+            table=reader.take(records, self._collate.columns(stored)),
+            rows=rows,
+            stored=stored,
+            locate=lambda row: source.locate(int(records[row])),
+            symmetric=source.symmetric,
+            instruction=source.instruction,
+        )
+
+    def _substitute(self, step: int, ids: NDArray[np.int64]) -> dict[int, str]:
+        """Replace, in place, the ids that cannot be read; returns those with the causes."""
+        lost: dict[int, str] = {}
+        per_lane = self._order.per_lane
+        _, positions = self._order.slots(step)
+        for row, why in self._unreadable(ids):
+            lost[int(ids[row])] = why
+            number = int(ids[row]) >> ROW_BITS
+            lane = self._rank + row // per_lane * self._world
+            ids[row] = number << ROW_BITS | self._substitute_for(number, lane, int(positions[row % per_lane]))
+        return lost
+
+    def _unreadable(self, ids: NDArray[np.int64]) -> list[tuple[int, str]]:
+        """The rows of a batch whose records cannot be read, with the causes."""
+        found = []
+        numbers = ids >> ROW_BITS
+        for number in np.unique(numbers):
+            rows = np.flatnonzero(numbers == number)
+            missing = self._readers[number].missing(ids[rows] & ((1 << ROW_BITS) - 1))
+            found += [(int(rows[at]), why) for at, why in missing]
+        return found
+
+    def _substitute_for(self, number: int, lane: int, position: int) -> int:
+        """A readable record for a position of a lane: always the same one."""
+        reader = self._readers[number]
+        for start, stop, draw in self._order.substitutes(number, lane, position, MAX_SUBSTITUTE_BLOCKS):
+            readable = reader.readable(start, stop)
+            if readable:
+                return start + draw % readable
+        raise DataError(
+            f"source {reader.source.name}: nothing readable for lane {lane} within {MAX_SUBSTITUTE_BLOCKS} blocks; "
+            "fetch its shards again, or leave the source out"
+        )
+
+
+class _Reader:
+    """Rows of one source by record number."""
+
+    def __init__(self, source: Source, policy: Policy, cache: Cache) -> None:
+        self.source = source
+        self._policy, self._cache = policy, cache
+        self._reported: set[int] = set()
+
+    def opens_stored(self, collate: Collate) -> bool:
+        """Whether the stored tokens of the source are what its texts would give; warns when there are some that do not.
+
+        A block is compared: the first one that can be read out of a few.
+        """
+        if self.source.index.tokenizer is None:
+            return False
+        blocks = (self._block(number) for number in range(min(8, len(self.source.blocks))))
+        sample = next((block.table for block in blocks if block.good), None)
+        if sample is None:
+            return False
+        misfit = collate.misfit(sample, self.source.index.tokenizer, self.source.instruction)
+        if misfit:
+            log.warning("source %s: its stored tokens are not used, %s; texts are tokenised", self.source.name, misfit)
+        return not misfit
+
+    def take(self, records: NDArray[np.int64], columns: list[str]) -> pa.Table:
+        """The rows of the records, in their order."""
+        order = np.argsort(records, kind="stable")
+        numbers, rows = self._places(records[order])
+        parts = [
+            self._block(int(numbers[group[0]])).table.select(columns).take(pa.array(rows[group]))
+            for group in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(numbers)) + 1)
+        ]
+        return pa.concat_tables(parts).take(pa.array(np.argsort(order)))
+
+    def missing(self, records: NDArray[np.int64]) -> list[tuple[int, str]]:
+        """(place in `records`, cause) of every record that cannot be read."""
+        numbers, rows = self._places(records)
+        used, inverse = np.unique(numbers, return_inverse=True)
+        blocks = [self._block(int(number)) for number in used]
+        good = np.array([block.good for block in blocks])
+        found = []
+        for at in np.flatnonzero(rows >= good[inverse]).tolist():
+            block = blocks[inverse[at]]
+            # The n-th lost record of a block goes with its n-th problem, the rest with the last.
+            nth = min(int(rows[at]) - block.good, len(block.problems) - 1)
+            found.append((at, cause(block.problems[nth])))
+        return found
+
+    def readable(self, start: int, stop: int) -> int:
+        """How many of the records start .. stop - 1, which lie in one block, can be read; those come first."""
+        numbers, rows = self._places(np.array([start]))
+        return max(0, min(self._block(int(numbers[0])).good - int(rows[0]), stop - start))
+
+    def _places(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The block and the row in it of every record."""
+        numbers = np.searchsorted(self.source.starts, records, side="right") - 1
+        return numbers, records - self.source.starts[numbers]
+
+    def _block(self, number: int) -> Block:
+        return self._cache.get((self.source.name, number), lambda: self._read(number))
+
+    def _read(self, number: int) -> Block:
+        shard, block = self.source.blocks[number]
+        read = read_block(self.source.index, int(shard), int(block), policy=self._policy)
+        if read.problems and number not in self._reported:
+            self._reported.add(number)
+            more = f" (and {len(read.problems) - 1} more)" if len(read.problems) > 1 else ""
+            lost = read.records - read.good
+            log.warning("source %s: %d records lost: %s%s", self.source.name, lost, read.problems[0], more)
+        return read
+
+
+@dataclass
+class _Entry:
+    block: Future[Block]
+    bytes: int = 0
+
+
+class Cache:
+    """The blocks used last, at most `max_bytes` of them; a block that two threads ask for is read once."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+
+    def get(self, key: Hashable, read: Callable[[], Block]) -> Block:
+        """The block of a key, read when it is not here; an error of `read` is raised to all who wait for it."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries.move_to_end(key)
+            else:
+                mine = self._entries[key] = _Entry(Future())
+        if entry is not None:
+            return entry.block.result()
+        try:
+            block = read()
+        except BaseException as error:
+            with self._lock:
+                del self._entries[key]
+            mine.block.set_exception(error)
+            raise
+        mine.block.set_result(block)
+        self._admit(mine, block.table.nbytes)
+        return block
+
+    def _admit(self, entry: _Entry, size: int) -> None:
+        """Count a block that was read, and forget the longest unused ones; those being read are not counted yet."""
+        with self._lock:
+            entry.bytes = size
+            self.bytes += size
+            for key, old in list(self._entries.items()):
+                if self.bytes <= self.max_bytes:
+                    return
+                if old is not entry and old.bytes:
+                    del self._entries[key]
+                    self.bytes -= old.bytes
+
+
+def _warn_of_small_cache(mixture: Mixture, order: Order, lanes: int, cache_bytes: int) -> None:
+    """Say so when the blocks that are shuffled together exceed the cache: they are then read again and again."""
+    needed = 0
+    for source in mixture.sources:
+        blocks = [block.bytes for shard in source.index.shards for block in shard.blocks]
+        open_blocks = min(len(blocks), lanes * order.shuffle_blocks)
+        needed += open_blocks * sum(blocks) // max(len(blocks), 1)
+    if needed > cache_bytes:
+        log.warning(
+            "shuffle_blocks=%d: about %d MB of blocks are open at a time, more than the cache of %d MB; reading slows "
+            "down, lower shuffle_blocks",
+            order.shuffle_blocks,
+            needed >> 20,
+            cache_bytes >> 20,
+        )
