@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
@@ -121,11 +122,18 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        elif self._file is not None:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            if self._tar is not None:
+                self._abandon()
+
+    def _abandon(self) -> None:
+        with suppress(OSError):  # what could not be written before cannot be completed now
+            self._tar.close()
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
 
     @property
     def _name(self) -> str:
@@ -138,7 +146,7 @@ class ShardWriter:
     def _open(self) -> None:
         from webdataset.writer import TarWriter
 
-        self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by _finish or __exit__
+        self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by _finish or _abandon
         # Fixed times and names: the same records give the same file, so its hash names its content.
         self._tar = TarWriter(self._file, user="quintet", group="quintet", mtime=0.0, encoder=False)
         self._spans: list[tuple[int, int, int]] = []
@@ -295,8 +303,8 @@ def _expand_braces(spec: str) -> list[str]:
 
     try:
         return list(expand_urls(spec))
-    except ValueError as error:
-        raise UserError(f"data={spec!r}: {error}") from None
+    except ValueError:
+        raise UserError(f"data={spec!r}: its braces are not balanced") from None
 
 
 def _most_expansions(spec: str) -> int:
