@@ -255,8 +255,10 @@ class Mirror:
         self._calls: queue.Queue[tuple[str, Callable[[Any], object]] | None] = queue.Queue(queue_size)
         self._off = False
         self._errors = 0
-        self._dropped = 0
+        self._lost = 0
         self._hint = ""
+        self._ending = False
+        self._exit_code = 0
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
@@ -267,36 +269,51 @@ class Mirror:
         try:
             self._calls.put_nowait((what, call))
         except queue.Full:
-            self._dropped += 1
-            if self._dropped == 1:
-                log.warning("W&B is too slow: some curves will have gaps there; metrics.jsonl has everything")
+            self._lost += 1
 
     def finish(self, exit_code: int, limit_seconds: float) -> None:
         """Let the queue drain and the run end, for at most `limit_seconds` and a few more for cleaning up."""
-        deadline = time.monotonic() + limit_seconds
-        with contextlib.suppress(queue.Full):
-            self._calls.put(("finish", lambda run: run.finish(exit_code)), timeout=limit_seconds)
-            self._calls.put(None, timeout=max(0.1, deadline - time.monotonic()))
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            log.warning("W&B did not finish within %.0f s; metrics.jsonl has everything", limit_seconds)
+        self._exit_code = exit_code
+        if not self._join(limit_seconds):
+            log.warning("W&B did not finish within %g s; metrics.jsonl has everything", limit_seconds)
             self._off = True
             _end_helpers()  # the call that waits for them fails now, and nothing waits for them when Python ends
-            self._thread.join(5.0)
+            self._join(5.0)
+        if self._lost:
+            log.warning("W&B missed %d calls; metrics.jsonl has everything", self._lost)
         if self._hint:
             log.info(self._hint)
 
+    def _join(self, limit_seconds: float) -> bool:
+        """Tell the thread to end, once, and wait for it; False when it is still busy."""
+        deadline = time.monotonic() + limit_seconds
+        try:
+            if not self._ending:
+                self._calls.put(None, timeout=limit_seconds)
+                self._ending = True
+        except queue.Full:
+            return False
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return not self._thread.is_alive()
+
     def _work(self) -> None:
-        run = None
         try:
             run = self._open_run()
-            self._hint = run.hint
         except Exception as error:
             self._switch_off("start", error)
+            run = None
+        else:
+            self._hint = run.hint
         while (entry := self._calls.get()) is not None:
             what, call = entry
-            if run is not None and (not self._off or what == "finish"):
+            if not self._off:
                 self._try(what, call, run)
+        if run is None:
+            return
+        try:
+            run.finish(self._exit_code)
+        except Exception as error:
+            self._switch_off("finish", error)
 
     def _try(self, what: str, call: Callable[[Any], object], run: Any) -> None:
         try:
@@ -304,6 +321,7 @@ class Mirror:
             self._errors = 0
         except Exception as error:
             self._errors += 1
+            self._lost += 1
             if self._errors >= 3 or isinstance(error, ConnectionError):
                 self._switch_off(what, error)
 
@@ -322,6 +340,7 @@ class WandbRun:
         try:
             self._run = _init(run_dir, config, given, mode)
         except Exception as error:
+            _forget()
             if mode == "offline":
                 raise
             log.warning("W&B did not start online (%s); it goes on offline", _one_line(error))
@@ -348,12 +367,18 @@ class WandbRun:
         self._run.alert(title=title, text=text, level="WARN")
 
     def finish(self, exit_code: int) -> None:
-        import wandb
-
         try:
             self._run.finish(exit_code=exit_code)
         finally:
-            wandb.teardown(exit_code)  # removes W&B's own exit hook, which waits without a limit
+            _forget(exit_code)
+
+
+def _forget(exit_code: int = 1) -> None:
+    """End W&B's service in this process, and with it its exit hook, which would wait without a limit."""
+    import wandb
+
+    with contextlib.suppress(Exception):  # the service may be gone already
+        wandb.teardown(exit_code)
 
 
 def _init(run_dir: Path, config: WandbConfig, given: Mapping[str, Any], mode: str) -> Any:
@@ -394,7 +419,7 @@ def _resolve_mode(mode: str) -> str:
         return mode
     import wandb
 
-    settings = wandb.setup().settings
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
     if not (settings.api_key or _has_key(settings.base_url)):
         if mode == "online":
             log.warning(
