@@ -68,4 +68,7 @@ clean:  ## remove what the other targets made, but not your runs
 	@$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)",--constraint constraints.txt) "$$(grep '^torch==' constraints.txt)"
 	@DS_BUILD_OPS=0 $(PIP) --constraint constraints.txt --no-build-isolation deepspeed
 	@$(PIP) --constraint constraints.txt --config-settings editable_mode=compat --editable '.[dev]'
+# DeepSpeed's script names its interpreter in a way that breaks on a path with a space.
+	@case "$$PWD" in *" "*) printf '#!/bin/sh\nexec "%s" -m deepspeed.launcher.runner "$$@"\n' \
+		"$$PWD/.venv/bin/python" >.venv/bin/deepspeed;; esac
 	@touch $@

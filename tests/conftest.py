@@ -1,0 +1,16 @@
+"""The environment of the tests: offline, and no more threads than the cores carry. Set before torch is imported."""
+
+from __future__ import annotations
+
+import glob
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+if not glob.glob("/dev/nvidia[0-9]*"):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+for launcher_variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"):
+    os.environ.pop(launcher_variable, None)  # inside a Slurm job the tests are still jobs of their own
