@@ -16,7 +16,9 @@ import yaml
 
 from launcher.schema import members
 
-_BOOL, _INT, _NULL, _STR = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "null", "str"))
+_TAG = "tag:yaml.org,2002:"
+_BOOL, _INT, _NULL, _STR = (_TAG + name for name in ("bool", "int", "null", "str"))
+_PLAIN = (_BOOL, _INT, _NULL, _STR, *(_TAG + name for name in ("float", "timestamp", "value", "seq", "map")))
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _NUMBER = re.compile(r"[-+]?((0|[1-9][0-9_]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
@@ -97,6 +99,8 @@ def _compose(text: str) -> yaml.Node:
 
 def convert(node: yaml.Node, wanted: Any) -> Any:
     """The value of a node as the wanted type. Raises BadValue."""
+    if node.tag not in _PLAIN:
+        raise BadValue(f"has the tag {node.tag.replace(_TAG, '!!')}; plain YAML only, leave it out")
     fitting = [member for member in members(wanted) if _fits(node, member)]
     if not fitting:
         raise BadValue(f"wants {words(wanted)}")
@@ -145,7 +149,6 @@ def _to_str(node: yaml.ScalarNode) -> str:
     if node.tag == _BOOL:
         meaning = "true" if plain(node) else "false"
         raise BadValue(f"wants text, and YAML reads this bare word as {meaning}; put it in quotes: '{node.value}'")
-    plain(node)  # refuses tags that are not plain YAML
     return node.value
 
 
