@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 _LINE = re.compile(r'(msgctxt|msgid_plural|msgid|msgstr)(?:\[\d+\])?\s+"(.*)"')
@@ -16,65 +16,54 @@ _LINE = re.compile(r'(msgctxt|msgid_plural|msgid|msgstr)(?:\[\d+\])?\s+"(.*)"')
 
 @dataclass(slots=True)
 class Entry:
-    """One message: its English text, its translation, and whether the translator has marked it as a guess.
+    """One message: its English text, the English plural when it has one, its translation, and whether that is a guess.
 
-    A message with plural forms is told by its English plural and by its last form, the one that stands for
-    many in every language; the pairing of the other forms depends on the language.
+    Of several plural forms `translation` is the last, the one that stands for many in every language; which of the
+    others stands for one depends on the language.
     """
 
-    english: str
+    msgid: str
+    plural: str
     translation: str
     fuzzy: bool = False
 
-
-@dataclass(slots=True)
-class _Draft:
-    msgid: str = ""
-    msgid_plural: str = ""
-    msgstr: list[str] = field(default_factory=list)
-    fuzzy: bool = False
-
-    def entry(self) -> Entry:
-        return Entry(
-            _plain(self.msgid_plural or self.msgid), _plain(self.msgstr[-1] if self.msgstr else ""), self.fuzzy
-        )
+    @property
+    def english(self) -> str:
+        """The English text that `translation` translates."""
+        return self.plural or self.msgid
 
 
 def read_po(text: str) -> Iterator[Entry]:
     """Yield the entries of a .po file that have a translation; obsolete ones (`#~`) are comments and not read."""
-    draft, keyword, fuzzy = _Draft(), "", False
+    entry, keyword, fuzzy = Entry("", "", ""), "", False
     for line in text.splitlines():
         line = line.strip()
         if line.startswith("#,"):
             fuzzy = "fuzzy" in line
         elif found := _LINE.fullmatch(line):
-            starts = found[1] in ("msgctxt", "msgid") and keyword == "msgstr"
-            if starts:
-                yield from _translated(draft)
-            if starts or not keyword:
-                draft, fuzzy = _Draft(fuzzy=fuzzy), False
+            if found[1] in ("msgctxt", "msgid") and keyword in ("", "msgstr"):
+                yield from _translated(entry)
+                entry, fuzzy = Entry("", "", "", fuzzy), False
             keyword = found[1]
-            _append(draft, keyword, found[2], new=True)
+            if keyword == "msgstr":
+                entry.translation = ""  # a further plural form replaces the one before
+            _append(entry, keyword, found[2])
         elif keyword and len(line) >= 2 and line[0] == line[-1] == '"':
-            _append(draft, keyword, line[1:-1], new=False)
-    yield from _translated(draft)
+            _append(entry, keyword, line[1:-1])
+    yield from _translated(entry)
 
 
-def _append(draft: _Draft, keyword: str, text: str, *, new: bool) -> None:
-    """Put one quoted string where it belongs: a new plural form, or the continuation of the text before."""
+def _append(entry: Entry, keyword: str, quoted: str) -> None:
     if keyword == "msgid":
-        draft.msgid += text
+        entry.msgid += _plain(quoted)
     elif keyword == "msgid_plural":
-        draft.msgid_plural += text
-    elif keyword == "msgstr" and new:
-        draft.msgstr.append(text)
+        entry.plural += _plain(quoted)
     elif keyword == "msgstr":
-        draft.msgstr[-1] += text
+        entry.translation += _plain(quoted)
 
 
-def _translated(draft: _Draft) -> Iterator[Entry]:
-    entry = draft.entry()
-    if entry.english and entry.translation:
+def _translated(entry: Entry) -> Iterator[Entry]:
+    if entry.msgid and entry.translation:
         yield entry
 
 
@@ -94,10 +83,9 @@ def read_mo(content: bytes) -> Iterator[Entry]:
     if max(originals, translations) + 8 * count > len(content):
         raise ValueError("a cut .mo file")
     for row in range(count):
-        english = _mo_text(content, order, originals + 8 * row).rpartition("\x04")[2]
-        translation = _mo_text(content, order, translations + 8 * row)
-        if english and translation:
-            yield Entry(english.rpartition("\0")[2], translation.rpartition("\0")[2])
+        msgid, _, plural = _mo_text(content, order, originals + 8 * row).rpartition("\x04")[2].partition("\0")
+        forms = _mo_text(content, order, translations + 8 * row)
+        yield from _translated(Entry(msgid, plural, forms.rpartition("\0")[2]))
 
 
 def _mo_text(content: bytes, order: str, row: int) -> str:

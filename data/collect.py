@@ -10,18 +10,19 @@ import difflib
 import hashlib
 import logging
 import os
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 
 from data import sources, wheels
 from data.docstrings import Installed
-from data.languages import asked_for, written_in_own_script
+from data.languages import asked_for, bcp47, written_in_own_script
 from data.settings import key
 from data.sources import Origin, Pair
 from data.texts import num_letters, num_words
@@ -47,18 +48,25 @@ class Config:
     """Keys of `quintet collect`."""
 
     output: str = key(help="folder for the JSONL files, SOURCES.json and LICENSES")
-    sources: list[str] = key(["homeassistant"], help=f"what to collect, of: {', '.join(_SOURCES)}")
+    sources: list[str] = key(  # noqa: RUF009
+        ["homeassistant"], help=f"what to collect, of: {', '.join(_SOURCES)}"
+    )
     cache: str = key("", help="folder of fetched wheels; empty: $QUINTET_CACHE/wheels, else ~/.cache/quintet/wheels")
     refresh: bool = key(False, help="ask pip for the newest wheels even when the cache holds some")
-    versions: dict[str, str] = key({}, help="package -> version to fetch; others: cached, else pip's choice")
-    languages: list[str] = key([], help="keep only these BCP-47 languages; zh keeps zh-Hans and zh-Hant; empty: all")
+    versions: dict[str, str] = key(  # noqa: RUF009
+        {}, help="package -> version to fetch; others: cached, else pip's choice"
+    )
+    languages: list[str] = key(  # noqa: RUF009
+        [], help="keep only these BCP-47 languages; zh keeps zh-Hans and zh-Hant; empty: all"
+    )
     min_words: int = key(4, help="shortest passage, in words; two characters count as one in unspaced scripts", low=1)
 
     def check(self) -> list[str]:
-        """One message for each source that is not known or is given a version without being asked for."""
+        """One message for each unknown source, unknown language and version of a package that is not collected."""
         problems = [_unknown(name) for name in self.sources if name not in _SOURCES]
         if not self.sources:
             problems.append("sources=[]: nothing to collect; name at least one of " + ", ".join(_SOURCES))
+        problems += [_no_language(tag) for tag in self.languages if tag != "zh" and bcp47(tag) != tag]
         strangers = [name for name in self.versions if name not in self.sources or name == _INSTALLED]
         problems += [
             f"versions.{name}={self.versions[name]}: not a package of sources; remove it" for name in strangers
@@ -80,8 +88,9 @@ def run(config: Config) -> None:
         start = time.monotonic()
         tallies.append(_gather(name, origin, judge, files))
         _log.info("%s: %d pairs in %.0f s", name, tallies[-1].kept, time.monotonic() - start)
-        for problem in origin.problems:
-            _log.warning("%s: not read: %s", name, problem)
+        if origin.problems:
+            _log.warning("%s: %d files not read, first %s", name, len(origin.problems), origin.problems[0])
+    (output / "SOURCES.json").unlink(missing_ok=True)
     files.publish()
     _write_papers(output, tallies)
     print(_report(tallies))
@@ -91,6 +100,11 @@ def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name, _SOURCES, n=1)
     mend = f"did you mean {close[0]}?" if close else f"the sources are {', '.join(_SOURCES)}"
     return f"sources={name}: no such source; {mend}"
+
+
+def _no_language(tag: str) -> str:
+    mend = f"write {bcp47(tag)}" if bcp47(tag) else "write a tag such as de, pt-BR or zh-Hans"
+    return f"languages={tag}: not the BCP-47 tag pairs are labelled with; {mend}"
 
 
 def _open(name: str, config: Config) -> Origin:
@@ -118,7 +132,9 @@ class _Tally:
     """What one source gave: (kind, language) -> lengths of the pairs kept, and reason -> pairs dropped."""
 
     source: str
-    origin: Origin
+    facts: dict[str, Any] = field(default_factory=dict)
+    licence_texts: list[tuple[str, str]] = field(default_factory=list)
+    not_read: list[str] = field(default_factory=list)
     lengths: dict[tuple[str, str], _Length] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -135,7 +151,7 @@ class _Tally:
 
 def _gather(name: str, origin: Origin, judge: _Judge, files: _Files) -> _Tally:
     """Write every pair of one source that the judge keeps; count the rest by reason."""
-    tally = _Tally(name, origin)
+    tally = _Tally(name)
     for pair in _SOURCES[name](origin):
         reason = judge.against(pair)
         if reason:
@@ -143,6 +159,8 @@ def _gather(name: str, origin: Origin, judge: _Judge, files: _Files) -> _Tally:
         else:
             tally.keep(pair)
             files.write(pair, origin.name)
+    tally.facts, tally.licence_texts = origin.describe(), list(origin.licence_texts())
+    tally.not_read = origin.problems
     return tally
 
 
@@ -218,13 +236,13 @@ def _write_papers(output: Path, tallies: Sequence[_Tally]) -> None:
     folder.mkdir(exist_ok=True)
     papers = []
     for tally in tallies:
-        texts = [f"==== {name} ====\n{text.strip()}\n" for name, text in tally.origin.licence_texts()]
+        texts = [f"==== {name} ====\n{text.strip()}\n" for name, text in tally.licence_texts]
         (folder / f"{tally.source}.txt").write_text("\n".join(texts), encoding="utf-8")
         counts: dict[str, dict[str, int]] = {}
         for (kind, lang), length in sorted(tally.lengths.items()):
             counts.setdefault(kind, {})[lang] = length.pairs
-        facts = {"pairs": counts, "dropped": dict(sorted(tally.dropped.items())), "not_read": tally.origin.problems}
-        papers.append(tally.origin.describe() | facts)
+        facts = {"pairs": counts, "dropped": dict(sorted(tally.dropped.items())), "not_read": tally.not_read}
+        papers.append(tally.facts | facts)
     part = output / ".SOURCES.json.part"
     part.write_bytes(orjson.dumps(papers, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     part.replace(output / "SOURCES.json")
@@ -241,7 +259,7 @@ def _report(tallies: Sequence[_Tally]) -> str:
 
 
 def _origin_row(tally: _Tally) -> tuple[str, ...]:
-    facts = tally.origin.describe()
+    facts = tally.facts
     return tally.source, facts["version"], facts["licence"], facts.get("sha256", "-")[:12], f"{tally.kept:,}"
 
 
@@ -267,26 +285,25 @@ def _languages(tallies: Sequence[_Tally]) -> str:
             counts.update({lang: length.pairs for (of, lang), length in tally.lengths.items() if of == kind})
         if counts:
             largest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-            lines.append(f"{kind} by language: " + ", ".join(f"{lang} {pairs:,}" for lang, pairs in largest))
+            line = f"{kind} by language: " + ", ".join(f"{lang}\xa0{pairs:,}" for lang, pairs in largest)
+            filled = textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False)
+            lines.append(filled.replace("\xa0", " "))  # it kept a language and its number on one line
     return "\n".join(lines)
 
 
 def _dropped_rows(tallies: Sequence[_Tally]) -> list[tuple[str, ...]]:
     reasons = sorted({reason for tally in tallies for reason in tally.dropped})
     rows = [(reason, *(f"{tally.dropped[reason]:,}" for tally in tallies)) for reason in reasons]
-    return rows + [("members not read", *(str(len(tally.origin.problems)) for tally in tallies))]
+    return rows + [("files not read", *(str(len(tally.not_read)) for tally in tallies))]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain columns: the first one to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if _numeric(cell) else cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-        )
-        for row in (head, *rows)
-    )
+    """Plain columns under `head`; a column of numbers is set to the right."""
+    columns = [_column(cells) for cells in zip(head, *rows, strict=True)]
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
-def _numeric(cell: str) -> bool:
-    return cell.replace(",", "").replace(".", "", 1).isdigit()
+def _column(cells: Sequence[str]) -> list[str]:
+    width = max(map(len, cells))
+    numeric = all(cell.replace(",", "").replace(".", "").isdigit() for cell in cells[1:])
+    return [cell.rjust(width) if numeric else cell.ljust(width) for cell in cells]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.records import normalise
+from data.texts import without_links, without_marks
 from data.wheels import stated_licence
 
 _FILE_BYTES = 2 << 20  # generated tables, not documentation, are larger
@@ -110,29 +112,43 @@ _HEADING = re.compile(
 )
 _ROLE = re.compile(r":[A-Za-z][\w:+.-]*:`~?([^`<>]*?)(?:\s*<[^`]*>)?`")
 _REFERENCE = re.compile(r"`([^`<>]+?)\s*<[^`<>]*>`_{0,2}")
-_NOT_PROSE = re.compile(r"(?:>>>|\.\.\s|:\w+|@\w+|[-*+|=\d]|\$|#|%)")
+_FENCED = re.compile(r"^[ \t]*(```+|~~~+).*?(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
+_CITATION = re.compile(r"\s*\[[\w*#]+\]_")
+_UNDERLINE = re.compile(r"([-=~^\"*+#])\1{2,}")
+_NOT_PROSE = re.compile(r"(?:\.\.\s|:\w+|@\w+|[-*+|=\d#%<>])")
+_FORMULA = re.compile(r"\\[A-Za-z]+|\$")
 
 
 def summary_and_prose(docstring: str) -> tuple[str, str]:
     """The first paragraph of a docstring and the prose after it, up to the first section such as Parameters.
 
-    Code, doctests, directives, lists and field lists are left out; reStructuredText roles become their text.
+    Code, doctests, directives, lists, field lists and formulas are left out; reStructuredText roles become their
+    text. Both are "" where the docstring does not begin with prose.
     """
-    summary, _, rest = docstring.strip().partition("\n\n")
+    summary, *paragraphs = re.split(r"\n\s*\n", _FENCED.sub("", docstring.strip()))
+    if not _is_prose(summary.splitlines()) or _HEADING.fullmatch(summary.strip()):
+        return "", ""
     prose = []
-    for paragraph in re.split(r"\n\s*\n", rest):
+    for paragraph in paragraphs:
         lines = paragraph.strip("\n").splitlines()
         if not lines or _starts_section(lines):
             break
-        if not lines[0][:1].isspace() and not _NOT_PROSE.match(lines[0]):
-            prose.append(" ".join(lines))
-    return _without_roles(summary), _without_roles(" ".join(prose))
+        if _is_prose(lines):
+            prose.append(paragraph)
+    return _plain(summary), _plain(" ".join(prose))
+
+
+def _is_prose(lines: list[str]) -> bool:
+    if not lines or lines[0][:1].isspace() or _NOT_PROSE.match(lines[0]):
+        return False
+    return not any(_FORMULA.search(line) or _UNDERLINE.fullmatch(line.strip()) for line in lines)
 
 
 def _starts_section(lines: list[str]) -> bool:
-    underlined = len(lines) > 1 and bool(re.fullmatch(r"([-=~^\"*])\1{2,}", lines[1].strip()))
+    underlined = len(lines) > 1 and _UNDERLINE.fullmatch(lines[1].strip()) is not None
     return underlined or _HEADING.fullmatch(lines[0].strip()) is not None
 
 
-def _without_roles(text: str) -> str:
-    return _REFERENCE.sub(r"\1", _ROLE.sub(r"\1", text)).replace("::", ":")
+def _plain(text: str) -> str:
+    text = _CITATION.sub("", _REFERENCE.sub(r"\1", _ROLE.sub(r"\1", text)))
+    return normalise(without_marks(without_links(text)).replace("::", ":"))

@@ -8,14 +8,42 @@ from collections.abc import Iterable
 # Software catalogues name one language in several ways. Where the region only repeats the default of a
 # catalogue without one, it is dropped, so that a language is counted once.
 _DEFAULT_REGION = {
-    **{"az": "AZ", "cs": "CZ", "da": "DK", "de": "DE", "el": "GR", "es": "ES", "fi": "FI", "fr": "FR", "he": "IL"},
-    **{"hi": "IN", "hr": "HR", "hu": "HU", "id": "ID", "is": "IS", "it": "IT", "ja": "JP", "ka": "GE", "ko": "KR"},
-    **{"nb": "NO", "nl": "NL", "pa": "IN", "pl": "PL", "pt": "PT", "ro": "RO", "ru": "RU", "sk": "SK", "sl": "SI"},
-    **{"sv": "SE", "th": "TH", "tr": "TR", "uk": "UA", "vi": "VN"},
+    "az": "AZ",
+    "cs": "CZ",
+    "da": "DK",
+    "de": "DE",
+    "el": "GR",
+    "es": "ES",
+    "fi": "FI",
+    "fr": "FR",
+    "he": "IL",
+    "hi": "IN",
+    "hr": "HR",
+    "hu": "HU",
+    "id": "ID",
+    "is": "IS",
+    "it": "IT",
+    "ja": "JP",
+    "ka": "GE",
+    "ko": "KR",
+    "nb": "NO",
+    "nl": "NL",
+    "pa": "IN",
+    "pl": "PL",
+    "pt": "PT",
+    "ro": "RO",
+    "ru": "RU",
+    "sk": "SK",
+    "sl": "SI",
+    "sv": "SE",
+    "th": "TH",
+    "tr": "TR",
+    "uk": "UA",
+    "vi": "VN",
 }
 _RENAMED = {"iw": "he", "in": "id", "no": "nb", "ji": "yi"}
 _CHINESE = {"": "Hans", "CN": "Hans", "SG": "Hans", "TW": "Hant", "HK": "Hant", "MO": "Hant"}
-_MODIFIERS = {"latin": "Latn", "cyrillic": "Cyrl"}
+_MODIFIERS = {"latin": "Latn", "cyrillic": "Cyrl", "euro": ""}
 
 _LETTERS = {
     "Arab": "\u0600-\u06ff\u0750-\u077f",
@@ -81,16 +109,17 @@ def bcp47(locale: str) -> str:
     """The BCP-47 tag of a locale name such as `pt_BR`, `sr@latin` or `zh_TW`; "" when it names no language."""
     name, _, modifier = locale.partition("@")
     language, *parts = re.split(r"[-_]", name.partition(".")[0])
+    parts.append(_MODIFIERS.get(modifier, modifier))
     if not re.fullmatch(r"[A-Za-z]{2,3}", language):
         return ""
     language = _RENAMED.get(language.lower(), language.lower())
-    script = next((part.title() for part in parts if re.fullmatch(r"[A-Za-z]{4}", part)), _MODIFIERS.get(modifier, ""))
+    script = next((part.title() for part in parts if re.fullmatch(r"[A-Za-z]{4}", part)), "")
     region = next((part.upper() for part in parts if re.fullmatch(r"[A-Za-z]{2}|[0-9]{3}", part)), "")
     if language == "zh":
         script, region = script or _CHINESE.get(region, ""), ""
     if region == _DEFAULT_REGION.get(language):
         region = ""
-    variant = "valencia" if modifier == "valencia" else ""
+    variant = next((part for part in parts if re.fullmatch(r"[a-z]{5,8}", part)), "")
     return "-".join(part for part in (language, script, region, variant) if part)
 
 

@@ -19,7 +19,7 @@ import orjson
 from data.catalogs import Entry, read_mo, read_po
 from data.docstrings import read_docstrings
 from data.languages import bcp47
-from data.texts import clean, html_to_text
+from data.texts import clean, html_to_text, num_words
 from data.wheels import MEMBER_BYTES
 
 # Kinds of pair. Each is a source of its own in training, so that a batch holds one kind, and in evaluation.
@@ -158,7 +158,7 @@ def _messages(catalog: str, locale: str, entries: list[Entry]) -> Iterator[Pair]
     if lang.partition("-")[0] == "en":
         return
     english = [clean(entry.english) for entry in entries]
-    originals = {text.casefold() for text in english}
+    originals = {clean(text).casefold() for entry in entries for text in (entry.msgid, entry.plural)}
     for number, (entry, original) in enumerate(zip(entries, english, strict=True)):
         text = clean(entry.translation)
         drop = "marked as a guess" if entry.fuzzy else _untranslated(text, lang, originals)
@@ -200,4 +200,5 @@ def docstrings(origin: Origin) -> Iterator[Pair]:
     """Summaries of docstrings with the prose after them, out of every module that is no test."""
     for found, texts in origin.members(_MODULE, read_docstrings):
         for text in texts:
-            yield Pair(DOCSTRINGS, clean(text.summary), clean(text.body), "en", f"{found[0]}:{text.name}")
+            drop = "" if 3 <= num_words(text.summary) <= 60 else "no summary"
+            yield Pair(DOCSTRINGS, text.summary, text.body, "en", f"{found[0]}:{text.name}", drop)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -135,7 +134,7 @@ def _cached(package: str, cache: Path, version: str) -> list[Path]:
 def _pip_download(requirement: str, folder: str, cache: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", folder, requirement]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return
     causes = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
