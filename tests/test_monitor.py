@@ -58,15 +58,15 @@ def _offline_runs(run_dir: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda run: str(run["start_time"]))
 
 
-def _history(run_dir: Path) -> list[dict[str, Any]]:
-    """Every row logged to the W&B runs below a run folder."""
-    rows = []
+def _records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """All records of a kind in the W&B runs below a run folder, in their order."""
+    found = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
         told = subprocess.run(command, capture_output=True, check=True, timeout=60, text=True).stdout
         records = [json.loads(line) for line in told.splitlines()]
-        rows += [record["history"]["item"] for record in records if record["type"] == "history"]
-    return rows
+        found += [record[kind] for record in records if record["type"] == kind]
+    return found
 
 
 # The registry
@@ -188,7 +188,9 @@ def test_a_restart_adds_a_segment_to_the_same_run(tmp_path: Path) -> None:
     runs = _offline_runs(tmp_path)
     assert [run["run_id"] for run in runs] == ["abcd1234"] * 2
     assert [run["exit_code"] for run in runs] == [75, 0]
-    logged = [(row["train/step"], row["run/attempt"]) for row in _history(tmp_path)]
+    assert len(_records(tmp_path, "preempting")) == 1
+    items = [record["item"] for record in _records(tmp_path, "history")]
+    logged = [(row["train/step"], row["run/attempt"]) for row in items]
     assert logged == [(step, 1) for step in range(1, 26)] + [(step, 2) for step in range(21, 41)]
     assert [(row["train/step"], row["run/attempt"]) for row in _rows(tmp_path)] == logged
 

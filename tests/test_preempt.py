@@ -42,6 +42,12 @@ def test_a_file_asks_to_stop_once(tmp_path: Path) -> None:
         assert not stop.requested
 
 
+def test_a_request_that_nobody_looked_for_stays(tmp_path: Path) -> None:
+    with StopRequest(tmp_path):  # such as a second job's, which is refused before its first step
+        (tmp_path / STOP_FILE).touch()
+    assert (tmp_path / STOP_FILE).exists()
+
+
 def test_only_rank_0_looks_for_the_file(tmp_path: Path) -> None:
     (tmp_path / STOP_FILE).touch()
     with StopRequest(tmp_path, rank=1) as stop:

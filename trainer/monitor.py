@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.errors import Stopped
 from data.settings import key
 
 log = logging.getLogger("quintet")
@@ -368,6 +369,8 @@ class WandbRun:
 
     def finish(self, exit_code: int) -> None:
         try:
+            if exit_code == Stopped.exit_code:
+                self._run.mark_preempting()  # shown as to be continued, not as failed
             self._run.finish(exit_code=exit_code)
         finally:
             _forget(exit_code)

@@ -19,7 +19,8 @@ class StopRequest:
     """While entered, SIGTERM, SIGINT and SIGUSR1 only note that the run shall stop, and so does a file run_dir/STOP.
 
     A second Ctrl-C ends the process at once. A signal may reach one rank only and rank 0 alone looks for the file, so
-    `requested` is one rank's answer: the ranks agree on it. Leaving removes the file, so that the next start runs.
+    `requested` is one rank's answer: the ranks agree on it. Leaving removes a file that was heeded, so that the next
+    start runs.
     """
 
     def __init__(self, run_dir: str | Path, *, rank: int = 0) -> None:
@@ -39,7 +40,7 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._file:
+        if self._file and self.reason:
             self._file.unlink(missing_ok=True)
 
     @property

@@ -160,15 +160,8 @@ def finish(run_dir: str | Path, code: int, reason: str, step: int) -> None:
 
 def environment(devices: Sequence[str] = ()) -> dict[str, Any]:
     """What the numbers of a run depend on besides its configuration."""
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {
-        "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cpu": _cpu_name(),
@@ -176,6 +169,17 @@ def environment(devices: Sequence[str] = ()) -> dict[str, Any]:
         "devices": list(devices),
         "commit": commit(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that a run stands on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _cpu_name() -> str:
