@@ -101,7 +101,7 @@ class WandbConfig:
     entity: str = key("", help="user or team; empty: the key's own")
     group: str = key("", help="experiment that ties several runs together")
     name: str = key("", help="name of the run; empty: the name of the run folder")
-    tags: list[str] = key([], help="tags of the run")  # noqa: RUF009
+    tags: list[str] = key([], help="tags of the run")
 
 
 class Monitor:
