@@ -7,12 +7,8 @@ the index then cover the good samples, so that a block read later gives the same
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,37 +43,32 @@ def index_shard(path: str | Path, source: str | None = None, policy: Policy = "s
             the result's `bad`; a file with nothing to read in it gives a shard of no records.
     """
     shard = _Shard(str(path), policy)
-    size, sha256 = 0, hashlib.sha256().hexdigest()
     try:
-        with _mapped(path) as view:
-            size, sha256 = len(view), hashlib.sha256(view).hexdigest()
-            shard.look_through(view)
-            infos = [BlockInfo(a, b - a, n, xxhash.xxh3_64_hexdigest(view[a:b])) for a, b, n in shard.spans]
+        content = _mapped(path)
     except OSError as error:
+        content = pa.py_buffer(b"")
         shard.report(Problem("unreadable shard", f"{path}: {error.strerror or error}"))
-        infos = []
+    else:
+        shard.look_through(content)
+    view = memoryview(content)
+    infos = [BlockInfo(a, b - a, n, xxhash.xxh3_64_hexdigest(view[a:b])) for a, b, n in shard.spans]
     return ShardInfo(
         file=Path(path).name,
         source=source or source_of(str(path)),
         kind=shard.kind or "plain",
         records=sum(info.records for info in infos),
-        bytes=size,
-        sha256=sha256,
+        bytes=len(view),
+        sha256=hashlib.sha256(view).hexdigest(),
         languages=dict(sorted(shard.languages.items())),
         blocks=tuple(infos),
         bad=dict(sorted(shard.bad.items())),
     )
 
 
-@contextmanager
-def _mapped(path: str | Path) -> Iterator[memoryview]:
-    """The bytes of a file, paged in as they are looked at."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            yield memoryview(b"")
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-            yield view
+def _mapped(path: str | Path) -> pa.Buffer:
+    """The bytes of a file, paged in as they are looked at; the buffer keeps the mapping."""
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer()
 
 
 @dataclass
@@ -100,8 +91,9 @@ class _Shard:
             raise damaged(str(problem)) from None
         self.bad[problem.cause] += 1
 
-    def look_through(self, view: memoryview) -> None:
+    def look_through(self, content: pa.Buffer) -> None:
         """Visit every member."""
+        view = memoryview(content)
         try:
             sniff(bytes(view[: tar.BLOCK]), self.path)
         except Problem as problem:
@@ -112,7 +104,7 @@ class _Shard:
                 if isinstance(item, tar.Fault):
                     self._fault(item, view)
                 else:
-                    self._member(item, view)
+                    self._member(item, content)
             except Problem as problem:
                 self.report(problem)
         if not self.spans and not self.bad:
@@ -124,7 +116,7 @@ class _Shard:
             raise Problem("not a tar", f"{self.path} has no tar header anywhere")
         raise Problem(fault.cause, f"{self.path}, offset {fault.offset}")
 
-    def _member(self, member: tar.Member, view: memoryview) -> None:
+    def _member(self, member: tar.Member, content: pa.Buffer) -> None:
         where = f"{self.path}, offset {member.offset}, {member.name}"
         name = member.name.rpartition("/")[2]
         if member.is_folder or _META.fullmatch(member.name):
@@ -137,9 +129,9 @@ class _Shard:
             raise Problem("unexpected member", where)
         self._check_key(member.name[: len(member.name) - len(name)] + key, extension, where)
         if extension == "json" and self.kind != "block":
-            self._json(member, view, where)
+            self._json(member, memoryview(content), where)
         elif extension == "arrow" and self.kind != "plain":
-            self._arrow(member, view, where)
+            self._arrow(member, content, where)
         else:
             raise Problem("unexpected member", f"{where}: a shard has either .json or .arrow members")
 
@@ -178,11 +170,10 @@ class _Shard:
         start, _, records = self.spans[-1]
         return records < PLAIN_BLOCK_RECORDS and member.end - start <= PLAIN_BLOCK_BYTES
 
-    def _arrow(self, member: tar.Member, view: memoryview, where: str) -> None:
+    def _arrow(self, member: tar.Member, content: pa.Buffer, where: str) -> None:
         self.kind = "block"
-        payload = view[member.data : member.data + member.size]
         try:
-            table = blocks.decode(pa.py_buffer(bytes(payload)))
+            table = blocks.decode(content.slice(member.data, member.size))
         except blocks.BadBlock as error:
             raise Problem("unreadable block", f"{where}: {error}") from None
         if not table.num_rows:

@@ -212,19 +212,23 @@ def _rows(data: bytes, where: str) -> list[Row]:
 
 
 def _recover(path: str, source: str, span: BlockInfo, data: bytes) -> Block:
-    """The whole samples of a damaged span, when the samples that are lost explain the damage."""
+    """The whole samples of a damaged span, when something in it shows where the damage is."""
     view, rows, problems = memoryview(data), [], []
+    located = len(data) < span.bytes
     for item in tar.walk(view, archive=False):
         where = f"{path}, offset {span.offset + item.offset}"
         if isinstance(item, tar.Fault):
+            located = True
             problems.append(f"{item.cause}: {where}")
         elif item.is_file:
             try:
                 rows.append(sample(view[item.data : item.data + item.size], f"{where}, {item.name}"))
             except Problem as problem:
                 problems.append(str(problem))
-    if len(data) < span.bytes and not any(problem.startswith("cut") for problem in problems):
+    if len(data) < span.bytes and not (problems and problems[-1].startswith("cut")):
         problems.append(f"cut at a member boundary: {path}, offset {span.offset + len(data)}")
-    if len(rows) >= span.records or not problems:
+    # Samples that cannot be read explain the damage when they are more than those that were left out on indexing.
+    if not located and len(rows) >= span.records:
         rows, problems = [], [f"changed payload: {path}, offset {span.offset}: cannot tell in which sample"]
+    rows = rows[: span.records]
     return Block(blocks.table(rows, source), span.records, len(rows), tuple(problems))

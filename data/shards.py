@@ -147,8 +147,9 @@ class ShardWriter:
         from webdataset.writer import TarWriter
 
         self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by _finish or _abandon
-        # Fixed times and names: the same records give the same file, so its hash names its content.
-        self._tar = TarWriter(self._file, user="quintet", group="quintet", mtime=0.0, encoder=False)
+        # Fixed times and names: the same records give the same file, so its hash names its content. An integer as
+        # the time: for a float, TarWriter puts a second header before every member.
+        self._tar = TarWriter(self._file, user="quintet", group="quintet", mtime=0, encoder=False)
         self._spans: list[tuple[int, int, int]] = []
         self._languages: Counter[str] = Counter()
         self._written = 0

@@ -449,7 +449,7 @@ def test_a_pipe_that_is_allowed_runs_one_command_without_a_shell(tmp_path: Path)
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A folder of ours in fsspec's memory store."""
     monkeypatch.setitem(fetch.STORES, "memory", "fsspec")
-    write_shards(tmp_path / "there", pairs(30), shard_bytes=4096)
+    write_shards(tmp_path / "there", pairs(30), shard_bytes=1)
     store = fsspec.filesystem("memory")
     store.put(f"{tmp_path}/there/", "/bucket/set/", recursive=True)
     yield "memory://bucket/set"
