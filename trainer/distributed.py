@@ -5,17 +5,21 @@ Without a process group (a single process that started none) every function answ
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import QuintetError, UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def _reduce(values: list[Any], op: Any) -> list[float]:
         return [float(value) for value in values]
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op=op)
-    return tensor.tolist()  # type: ignore[no-any-return]
+    return [float(value) for value in tensor.tolist()]
 
 
 def sum_in_place(tensor: Tensor) -> None:
@@ -179,3 +183,55 @@ def barrier() -> None:
     """Wait for every rank: rank 0 has made or renamed what the others open next."""
     if world() > 1:
         all_ok(True)
+
+
+class Elsewhere(QuintetError):
+    """Another rank has ended the run and says why; this one ends with the same code, silently."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code
+
+
+def on_first_rank(work: Callable[[], Result]) -> Result:
+    """Do something on rank 0 only and give every rank its result, plain data; its error ends all ranks alike."""
+    outcome: list[Any] = [None, 0]
+    error: QuintetError | None = None
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except QuintetError as raised:
+            error, outcome[1] = raised, raised.exit_code
+    if world() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if error is not None:
+        raise error
+    if outcome[1]:
+        raise Elsewhere(outcome[1])
+    result: Result = outcome[0]
+    return result
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """End all ranks when some rank meets a foreseen error inside the block: none waits for one that has left."""
+    error: QuintetError | None = None
+    try:
+        yield
+    except QuintetError as raised:
+        error = raised
+    code = int(_reduce([error.exit_code if error else 0], dist.ReduceOp.MAX)[0])
+    if error is not None:
+        raise error
+    if code:
+        raise Elsewhere(code)
+
+
+class Job:
+    """This job's ranks, for what takes them as an object (checkpoint.save)."""
+
+    rank = property(lambda self: rank())
+    world = property(lambda self: world())
+
+    def all(self, ok: bool) -> bool:
+        return all_ok(ok)

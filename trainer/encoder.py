@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
 from data.tokens import load_tokenizer
+
+transformers_logging.disable_progress_bar()  # its bar for loading weights fills a log with carriage returns
 
 POOLINGS = ("mean", "cls", "last")
 SETTINGS_FILE = "quintet.json"
@@ -32,6 +35,9 @@ class Segments(NamedTuple):
     offsets: Tensor
     longest: int
     positions: Tensor
+
+    def to(self, device: torch.device) -> Segments:
+        return Segments(self.offsets.to(device), self.longest, self.positions.to(device))
 
 
 class Encoder(nn.Module):

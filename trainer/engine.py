@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO behind a small surface: accumulate gradients, step, read and restore state. The only door to deepspeed.
+"""DeepSpeed ZeRO behind a small surface: accumulate, step, read and restore state. The only door to deepspeed.
 
 Weights, gradients and optimizer state are fp32 at every stage; bf16 enters as autocast around the encoder's
 forward, so a step over many chunks adds up fp32 gradients and no loss scaling is needed.
@@ -41,9 +41,10 @@ class Engine:
     ) -> None:
         deepspeed = _import_deepspeed()
         self.stage, self.device, self.max_grad_norm = stage, device, settings.max_grad_norm
-        self.config = deepspeed_config(settings, stage=stage, local_batch=local_batch, parameters=_count(module))
         # Names and shapes are taken before ZeRO-3 partitions the parameters in place.
         self.shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        self.count = sum(math.prod(shape) for shape in self.shapes.values())
+        self.config = deepspeed_config(settings, stage=stage, local_batch=local_batch, parameters=self.count)
         self._deepspeed, *_ = deepspeed.initialize(
             model=module.to(device), optimizer=_adamw(module, settings), config=self.config, dist_init_required=False
         )
@@ -53,7 +54,8 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The model; call the engine itself to run it."""
-        return self._deepspeed.module  # type: ignore[no-any-return]
+        module: nn.Module = self._deepspeed.module
+        return module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model forward. A collective at stage 3 only: there all ranks must call it equally often."""
@@ -141,8 +143,9 @@ class Engine:
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         """The AdamW inside ZeRO's wrapper."""
-        optimizer = self._deepspeed.optimizer
-        return optimizer if self.stage == 0 else optimizer.optimizer  # type: ignore[no-any-return]
+        wrapper = self._deepspeed.optimizer
+        optimizer: torch.optim.Optimizer = wrapper if self.stage == 0 else wrapper.optimizer
+        return optimizer
 
     def _flat_parameters(self) -> list[Tensor]:
         """What AdamW itself updates: the parameters at stage 0, this rank's flat partitions above."""
@@ -201,10 +204,6 @@ def _adamw(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _import_deepspeed() -> Any:

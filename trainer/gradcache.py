@@ -9,7 +9,7 @@ budget keep their graph from the first pass; only the rest are run again, with t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,3 +128,21 @@ def _surrogate(output: Tensor, gradient: Tensor, rows: Rows) -> Tensor:
     if len(rows) == 0:
         return output.sum() * 0.0
     return (output * gradient[torch.from_numpy(rows)]).sum()
+
+
+def activation_bytes(embed: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that a forward pass holds for its backward, beside the parameters: every saved storage counted once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    held: dict[int, int] = {}
+
+    def note(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        output = embed()
+    total = sum(held.values())
+    del output  # only now may the storages go: until here no address could be used twice
+    return total

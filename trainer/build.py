@@ -1,0 +1,244 @@
+"""Builds the parts of a training run out of its configuration, and restores those that a checkpoint knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from data import mixture
+from data.collate import Collate
+from data.errors import UserError
+from data.order import Order
+from data.stream import Stream
+from data.tokens import TextEncoder, load_tokenizer
+from trainer import distributed, objectives, retrieval, sets, snapshot
+from trainer.checkpoint import Checkpoint
+from trainer.encode import encode
+from trainer.encoder import Encoder, ModelSettings, build_random, freeze_positions, load_backbone
+from trainer.engine import Engine, OptimizerSettings
+from trainer.step import Stepper
+from trainer.train import Config
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; `records` counts the data once, flops_per_token is forward and backward."""
+
+    engine: Engine
+    stepper: Stepper
+    stream: Stream
+    order: Order
+    tokenizer: Any
+    settings: ModelSettings
+    evaluate: Callable[[], dict[str, float]]
+    records: int
+    flops_per_token: float
+
+
+def pick_device(name: str) -> torch.device:
+    """This rank's device; `auto` takes CUDA when there is one."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("device=cuda: torch sees no GPU; check the driver and the torch build, or use device=cpu")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    device = torch.device("cuda", distributed.place().local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def build(config: Config, device: torch.device, saved: Checkpoint | None) -> Parts:
+    """Open data and model, from the checkpoint where there is one. All ranks end together on an error."""
+    model_path = str(saved.folder / "model") if saved else config.model.path
+    # Rank 0 first: it may have to build an index, or fetch a model, that the others then find in place.
+    distributed.on_first_rank(lambda: _open_mixture(config) and None)
+    with distributed.together():
+        tokenizer = load_tokenizer(model_path if saved else config.tokenizer or model_path)
+        encoder = build_encoder(config, tokenizer, model_path)
+        sources = _open_mixture(config)
+        order = sources.order(
+            config.batch_size, lanes=config.lanes, seed=config.seed, shuffle_blocks=config.shuffle_blocks
+        )
+        if saved:
+            order.check(saved.manifest["order"])
+        stream = Stream(
+            sources,
+            order,
+            Collate(tokenizer, config.max_length, config.prompts),
+            rank=distributed.rank(),
+            world=distributed.world(),
+            policy=config.damaged,  # type: ignore[arg-type]
+            workers=config.data_workers,
+        )
+        evaluation = sets.load(config.eval.data, limit=config.eval.limit) if config.eval.data else []
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    engine = _engine(config, encoder, device)
+    if saved:
+        engine.restore_optimizer(saved.manifest["updates"], snapshot.moments(saved.folder))
+    settings = ModelSettings(
+        config.prompts.query, config.prompts.passage, config.model.pooling, True, config.max_length
+    )
+    return Parts(
+        engine,
+        _stepper(config, engine, tokenizer),
+        stream,
+        order,
+        tokenizer,
+        settings,
+        partial(_evaluate, config, engine, tokenizer, evaluation),
+        sources.records,
+        _flops_per_token(encoder, engine),
+    )
+
+
+def _open_mixture(config: Config) -> mixture.Mixture:
+    return mixture.load(
+        config.data,
+        homogeneous=config.homogeneous,
+        alpha=config.alpha,
+        allow_pipe=config.allow_pipe,
+        policy=config.damaged,  # type: ignore[arg-type]
+    )
+
+
+def build_encoder(config: Config, tokenizer: Any, path: str) -> Encoder:
+    """The encoder of a run: pretrained, random, or a checkpoint's (`path`), with its dropout and frozen parts set."""
+    model = config.model
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    dropouts = {} if model.dropout is None else dict.fromkeys(names, model.dropout)
+    if path == "random":
+        torch.manual_seed(config.seed)  # every rank builds the same weights
+        offset = 2  # the RoBERTa family's position table starts behind its padding number
+        backbone = build_random(
+            model.architecture,
+            len(tokenizer),
+            tokenizer.pad_token_id,
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            intermediate_size=model.intermediate_size,
+            max_position_embeddings=model.max_positions + offset,
+            **dropouts,
+        )
+    else:
+        backbone = load_backbone(path, **dropouts)
+    encoder = Encoder(backbone, model.pooling)
+    _check_fits(config, encoder, tokenizer)
+    freeze = model.path != "random" if model.freeze_positions is None else model.freeze_positions
+    if freeze:
+        freeze_positions(encoder)
+    if model.compile:
+        encoder.backbone.compile(dynamic=True)
+    return encoder.train()
+
+
+def _check_fits(config: Config, encoder: Encoder, tokenizer: Any) -> None:
+    if config.max_length > encoder.max_positions:
+        raise UserError(
+            f"max_length={config.max_length}: the model's position table ends at {encoder.max_positions} tokens; "
+            "lower max_length"
+        )
+    vocabulary = int(encoder.backbone.config.vocab_size)
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"tokenizer={config.tokenizer}: it has {len(tokenizer)} pieces, the model {vocabulary}; they do not belong "
+            "together"
+        )
+
+
+def _engine(config: Config, encoder: Encoder, device: torch.device) -> Engine:
+    optimizer = OptimizerSettings(
+        weight_decay=config.weight_decay,
+        betas=config.betas,
+        eps=config.eps,
+        max_grad_norm=config.max_grad_norm,
+    )
+    local_batch = config.batch_size // distributed.world()
+    return Engine(encoder, optimizer, stage=config.zero_stage, local_batch=local_batch, device=device)
+
+
+def _stepper(config: Config, engine: Engine, tokenizer: Any) -> Stepper:
+    encoder = engine.module
+    assert isinstance(encoder, Encoder)
+    wanted = config.model.attention
+    if wanted == "packed" and not encoder.packable:
+        raise UserError(
+            f"model.attention=packed: {encoder.backbone.config.model_type} cannot run packed; use auto or padded"
+        )
+    packed = wanted == "packed" or (wanted == "auto" and engine.device.type == "cuda" and encoder.packable)
+    if packed:
+        encoder.use_packed_attention()
+    return Stepper(
+        engine,
+        partial(objectives.contrastive, temperature=config.temperature),
+        seed=config.seed,
+        padding_id=tokenizer.pad_token_id,
+        tokens_per_chunk=config.tokens_per_chunk,
+        memory_budget=None if config.memory_budget_gib is None else config.memory_budget_gib * 2**30,
+        bf16=config.precision == "bf16",
+        packed=packed,
+    )
+
+
+def _flops_per_token(encoder: Encoder, engine: Engine) -> float:
+    """6 x the parameters that take part in matrix products: all but the tables that are looked up."""
+    tables = sum(
+        module.weight.numel() if engine.stage < 3 else module.num_embeddings * module.embedding_dim
+        for module in encoder.modules()
+        if isinstance(module, torch.nn.Embedding)
+    )
+    return 6.0 * (engine.count - tables)
+
+
+def _evaluate(config: Config, engine: Engine, tokenizer: Any, data: list[sets.RetrievalSet]) -> dict[str, float]:
+    """Held-out metrics by name, over all ranks. A collective."""
+    cutter = TextEncoder(tokenizer, config.max_length)
+    agree = distributed.agree_max if engine.stage == 3 else None
+    encoder = engine.module
+    assert isinstance(encoder, Encoder)
+
+    def embed(texts: Any) -> torch.Tensor:
+        return encode(
+            encoder,
+            cutter.encode(texts),
+            tokens_per_chunk=config.tokens_per_chunk,
+            device=engine.device,
+            precision=config.precision,
+            agree_max=agree,
+        )
+
+    ranks = retrieval.Ranks(distributed.rank(), distributed.world(), distributed.gather_rows)
+    values: dict[str, float] = {}
+    for held_out in data:
+        result = retrieval.score(held_out, embed, config.prompts, ranks=ranks)
+        groups = {held_out.name: result}
+        if len(result.get("by_source", {})) > 1:
+            groups |= {f"{held_out.name}/{name}": group for name, group in result["by_source"].items()}
+        for name, group in groups.items():
+            values |= {f"eval/{name}/{metric}": group[metric] for metric in retrieval.metrics.NAMES}
+    return values
+
+
+def describe(config: Config, parts: Parts) -> list[tuple[str, object]]:
+    """The rows of the start-up summary."""
+    engine, world = parts.engine, distributed.world()
+    trained = sum(engine.parameters[name].numel() if engine.stage < 3 else 0 for name in engine.trained())
+    shares = ", ".join(f"{name} {100 * share:.1f}%" for name, share in parts.order.shares.items())
+    pool = config.batch_size
+    state = 16 * engine.count if config.zero_stage == 0 else (8 + 8 / world) * engine.count
+    rows: list[tuple[str, object]] = [
+        ("pool", f"{pool:,} queries x {pool:,} candidates, {pool - 1:,} negatives a query"),
+        ("ranks", f"{world}, {pool // world:,} pairs each, ZeRO-{config.zero_stage} on {engine.device.type}"),
+        ("model", f"{config.model.path}: {engine.count:,} parameters" + (f", {trained:,} trained" if trained else "")),
+        ("precision", f"{config.precision}{', packed' if parts.stepper.packed else ', padded chunks'}"),
+        ("tokens", f"at most {2 * pool * config.max_length:,} a step, {config.tokens_per_chunk:,} a chunk"),
+        ("memory", f"about {state / 2**30:.2f} GiB a rank for weights, gradients and optimizer, beside activations"),
+        ("data", f"{parts.records:,} pairs: {shares}"),
+        ("order", f"{config.lanes} lanes, {'one source a batch' if parts.order.homogeneous else 'mixed batches'}"),
+        ("steps", f"{config.steps:,}, {config.steps * pool / parts.records:.2f} passes over the data"),
+    ]
+    return rows

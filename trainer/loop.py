@@ -1,0 +1,281 @@
+"""The training loop: open or resume a run, step through it, save, evaluate, and say what happens.
+
+Read `fit` first: it names the parts and the order in which they meet. Pretraining and fine-tuning are this one loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from data.collate import Batch
+from data.errors import DataError, NumericError, QuintetError, Stopped, UserError
+from trainer import checkpoint, distributed, runfolder, snapshot
+from trainer.build import Parts, build, describe, pick_device
+from trainer.checkpoint import Checkpoint, SaveError
+from trainer.meter import Meter
+from trainer.monitor import Monitor, summary
+from trainer.preempt import StopRequest, die_with_parent
+from trainer.schedule import learning_rate
+from trainer.train import Config
+
+log = logging.getLogger("quintet")
+
+
+def fit(config: Config) -> None:
+    """Train from the newest checkpoint of the run, or from step 0, to the last step.
+
+    Raises:
+        UserError: bad configuration or input. DataError, NumericError: a budget is spent.
+        Stopped: asked to stop; a checkpoint was written.
+    """
+    device = pick_device(config.device)
+    if "LOCAL_RANK" in os.environ:
+        die_with_parent()  # a launcher that is killed takes its ranks along
+    distributed.start(device, 60 * config.timeout_minutes)
+    with ExitStack() as stack:
+        stack.callback(distributed.stop)
+        stop = stack.enter_context(StopRequest(config.run_dir, rank=distributed.rank()))
+        distributed.on_first_rank(lambda: _take_lease(config, stack))
+        ending = stack.enter_context(_Ending(config))
+        saved = _newest(config)
+        parts = build(config, device, saved)
+        run = _open(config, parts, saved)
+        stack.callback(lambda: run.monitor.finish(ending.code))
+        ending.run = run
+        run.train(stop)
+
+
+@dataclass
+class Run:
+    """A run that is being trained; `step` counts the steps that are done, `updates` those that changed the model."""
+
+    config: Config
+    parts: Parts
+    monitor: Monitor
+    meter: Meter
+    identity: runfolder.Run
+    step: int = 0
+    updates: int = 0
+    bad_records: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    failed_saves: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def train(self, stop: StopRequest) -> None:
+        """Step to the end; save, evaluate and log on the way. Leaves a checkpoint of the last step."""
+        batches = self.parts.stream.batches(self.step)
+        while self.step < self.config.steps:
+            self._train_on(self._next(batches, stop))
+            last = self.step == self.config.steps
+            if last or self._due(self.config.eval.every_steps):
+                self._evaluate()
+            if last or self._due(self.config.save_every_steps) or self._time_to_save():
+                self._save(must=last)
+
+    def _next(self, batches: Iterator[tuple[int, Batch]], stop: StopRequest) -> Batch:
+        """The next batch, unless some rank has to stop: all ranks learn of it here, before they meet in a step."""
+        begin, batch, error = time.perf_counter(), None, None
+        try:
+            number, batch = next(batches)
+            assert number == self.step, (number, self.step)
+        except QuintetError as raised:
+            error = raised
+        self.meter.waited += time.perf_counter() - begin
+        bad = sum(batch.bad.values()) if batch else 0
+        code = error.exit_code if error else 0
+        stops, bad_everywhere, failed = distributed.sums([float(stop.requested), float(bad), float(code)])
+        if error is not None:
+            raise error
+        if failed:
+            raise distributed.Elsewhere(DataError.exit_code)
+        self._count_bad(int(bad_everywhere))
+        if stops:
+            self._save(must=True)
+            raise Stopped(f"stopped at step {self.step} after a checkpoint; start the same command again to go on")
+        assert batch is not None
+        return batch
+
+    def _count_bad(self, more: int) -> None:
+        self.bad_records += more
+        if self.bad_records > self.config.max_bad_records:
+            raise DataError(
+                f"{self.bad_records} damaged records, more than max_bad_records={self.config.max_bad_records}; "
+                "`quintet pack --index` names the shards: mend them, or raise the limit"
+            )
+
+    def _train_on(self, batch: Batch) -> None:
+        lr = learning_rate(self.step, self.config.steps, self.config.warmup_steps, self.config.lr)
+        outcome = self.parts.stepper(batch, self.step, lr)
+        self.step += 1
+        self.updates += outcome.applied
+        self.skipped += not outcome.applied
+        self.skipped_in_a_row = 0 if outcome.applied else self.skipped_in_a_row + 1
+        self.meter.add(outcome)
+        if not outcome.applied:
+            self._note_skip(batch)
+        if self._due(self.config.log_every) or self.step == self.config.steps:
+            self.monitor.log(self.step, self._row(lr, outcome.grad_norm))
+        self.monitor.tick(self.step)
+
+    def _note_skip(self, batch: Batch) -> None:
+        ids = ", ".join(map(str, batch.record_ids[:4].tolist()))
+        what = f"step {self.step}: loss or gradient is not finite, the update was left out (records {ids}, ...)"
+        self.monitor.alert("non-finite step", what)
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise NumericError(
+                f"{self.skipped_in_a_row} non-finite steps in a row, the last is {self.step}; the newest checkpoint is "
+                "from before them: lower lr, raise temperature or warmup_steps, or look at the data"
+            )
+
+    def _row(self, lr: float, grad_norm: float) -> dict[str, float]:
+        samples = self.step * self.config.batch_size
+        return self.meter.take(self.config.batch_size, self.config.steps - self.step) | {
+            "train/grad_norm": grad_norm,
+            "train/lr": lr,
+            "train/logit_scale": 1 / self.config.temperature,
+            "train/samples_seen": samples,
+            "train/epoch": samples / self.parts.records,
+            "train/skipped_steps": self.skipped,
+            "data/samples_bad": self.bad_records,
+        }
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _time_to_save(self) -> bool:
+        """By rank 0's clock, so that all ranks save at the same step."""
+        seconds = 60 * self.config.save_every_minutes
+        mine = distributed.rank() == 0 and time.monotonic() - self.saved_at > seconds
+        return distributed.any_of(mine) if seconds > 0 else False
+
+    def _evaluate(self) -> None:
+        values = self.parts.evaluate()
+        if values:
+            self.monitor.log(self.step, values)
+        self.meter.pause()
+
+    def _save(self, *, must: bool) -> None:
+        """Write a checkpoint. One that fails is reported and the run goes on, unless it `must` be."""
+        if self.skipped_in_a_row and not must:
+            return  # a state that has begun to diverge is not published
+        begin, parts = time.monotonic(), self.parts
+        write = partial(snapshot.write, engine=parts.engine, tokenizer=parts.tokenizer, settings=parts.settings)
+        try:
+            saved = checkpoint.save(self.config.run_dir, self.step, write, self._state(), ranks=distributed.Job())
+        except SaveError as error:
+            self.failed_saves += 1
+            self.monitor.alert("checkpoint failed", str(error))
+            if must:
+                raise
+            return
+        finally:
+            self.saved_at = time.monotonic()
+            self.meter.pause()
+        if distributed.rank() == 0:
+            checkpoint.prune(self.config.run_dir, self.config.keep_last, self.config.keep_every)
+        values = {"save_s": time.monotonic() - begin, "bytes": saved.bytes, "last_step": self.step}
+        values["failures"] = self.failed_saves
+        self.monitor.log(self.step, {f"ckpt/{name}": value for name, value in values.items()})
+
+    def _state(self) -> dict[str, Any]:
+        """What a resumed run must know and cannot compute: plain data for the checkpoint's manifest."""
+        return {
+            "stage": self.config.objective,
+            "zero_stage": self.config.zero_stage,
+            "updates": self.updates,
+            "bad_records": self.bad_records,
+            "skipped": self.skipped,
+            "order": self.parts.order.state(),
+            "config_hash": hashlib.sha256(self.config.config_yaml.encode()).hexdigest(),
+            "run_id": self.identity.id,
+            "versions": runfolder.environment()["versions"],
+        }
+
+
+def _take_lease(config: Config, stack: ExitStack) -> None:
+    runfolder.make_folder(config.run_dir)
+    stack.enter_context(runfolder.Lease(config.run_dir))
+
+
+def _newest(config: Config) -> Checkpoint | None:
+    """The checkpoint to go on from. Rank 0 hashes its files, so nothing damaged is loaded anywhere."""
+
+    def find() -> str:
+        checkpoint.clean(config.run_dir)
+        found = None if config.fresh else checkpoint.newest(config.run_dir)
+        if found and found.step > config.steps:
+            raise UserError(
+                f"steps={config.steps}: the run has done {found.step} already; raise steps, or set fresh=true"
+            )
+        return str(found.folder) if found else ""
+
+    folder = distributed.on_first_rank(find)
+    return checkpoint.load(folder) if folder else None
+
+
+def _open(config: Config, parts: Parts, saved: Checkpoint | None) -> Run:
+    """Write down what the run is made of, start its monitor, and restore its counters."""
+    devices = [torch.cuda.get_device_name(parts.engine.device)] if parts.engine.device.type == "cuda" else []
+
+    def prepare() -> tuple[str, int]:
+        checkpoint.space_needed(snapshot.size(parts.engine), config.run_dir)
+        run = runfolder.prepare(
+            config.run_dir,
+            config_text=config.config_yaml,
+            ds_config=parts.engine.config,
+            devices=devices,
+            fresh=config.fresh,
+        )
+        return run.id, run.attempt
+
+    identity = runfolder.Run(*distributed.on_first_rank(prepare))
+    step = saved.step if saved else 0
+    described = describe(config, parts)
+    if distributed.rank() == 0:
+        summary(f"{config.run_dir}: {'resumed at step ' + str(step) if saved else 'a new run'}", described)
+    monitor = Monitor(
+        config.run_dir,
+        config.wandb,
+        config={name: str(value) for name, value in described},
+        job_type="pretrain",
+        run_id=identity.id,
+        attempt=identity.attempt,
+        steps=config.steps,
+        first_step=step,
+        rank=distributed.rank(),
+    )
+    run = Run(config, parts, monitor, Meter(parts.engine.device, parts.flops_per_token), identity, step)
+    if saved:
+        run.updates, run.bad_records = saved.manifest["updates"], saved.manifest["bad_records"]
+        run.skipped = saved.manifest["skipped"]
+    return run
+
+
+class _Ending:
+    """Writes exit.json when the run ends, however it ends: what scripts trust."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self.code = config, 1
+        self.run: Run | None = None
+
+    def __enter__(self) -> _Ending:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, QuintetError):
+            self.code, reason = error.exit_code, str(error) or "another rank ended the run"
+        else:
+            self.code, reason = (1, f"crashed: {kind.__name__}") if error else (0, "done")
+        if distributed.rank() == 0:
+            runfolder.finish(self._config.run_dir, self.code, reason, self.run.step if self.run else 0)

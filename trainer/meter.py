@@ -1,0 +1,90 @@
+"""Adds up what the steps since the last log line did, and turns it into metrics over all ranks."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from trainer import distributed
+from trainer.step import Outcome
+
+# Peak arithmetic of dense bf16 matrix products, FLOP/s, from the makers' data sheets; what is not here has no MFU.
+_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12}
+
+
+@dataclass
+class Meter:
+    """Figures of one rank between two log lines.
+
+    flops_per_token: arithmetic of forward and backward of one token, without replays: 6 x the parameters that take
+    part in matrix products (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+    """
+
+    device: torch.device
+    flops_per_token: float
+    waited: float = 0.0
+    _outcomes: list[Outcome] = field(default_factory=list)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def add(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+
+    def pause(self) -> None:
+        """Forget the time since the last log line: it held a save or an evaluation."""
+        self._since = time.perf_counter()
+        self.waited = 0.0
+        self._outcomes.clear()
+
+    def take(self, batch_size: int, steps_left: int) -> dict[str, float]:
+        """Metrics of the steps since the last call, over all ranks; then start anew. A collective."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        outcomes, world = self._outcomes, distributed.world()
+        count, elapsed = len(outcomes), time.perf_counter() - self._since
+        names = list(outcomes[0].figures)
+        figures = [float(sum(outcome.figures[name].item() for outcome in outcomes)) for name in names]
+        seconds = [
+            sum(getattr(outcome.seconds, part) for outcome in outcomes) for part in ("encode", "loss", "backward")
+        ]
+        seconds.append(sum(outcome.optimizer_seconds for outcome in outcomes))
+        tokens = [float(sum(o.tokens for o in outcomes)), float(sum(o.computed_tokens for o in outcomes))]
+        totals = distributed.sums([*figures, *seconds, *tokens, self.waited, elapsed])
+        means = [total / (world * count) for total in totals]
+        row = dict(zip(names, means, strict=False))
+        row |= dict(zip(_TIMES, means[len(names) :], strict=False))
+        token_count, computed, waited, total_elapsed = totals[len(names) + len(_TIMES) :]
+        row |= {
+            "perf/samples_per_s": count * batch_size / elapsed,
+            "perf/samples_per_s_per_gpu": count * batch_size / elapsed / world,
+            "perf/tokens_per_s": token_count / elapsed,
+            "perf/step_s": elapsed / count,
+            "perf/data_wait_frac": waited / total_elapsed,
+            "perf/mem_gib": _peak_memory(self.device) / 2**30,
+            "perf/eta_h": steps_left * elapsed / count / 3600,
+            "data/padding_frac": 1 - token_count / computed,
+        }
+        peak = _peak_flops(self.device)
+        if peak:
+            row["perf/mfu"] = self.flops_per_token * token_count / elapsed / (peak * world)
+        self.pause()
+        return row
+
+
+_TIMES = ("perf/encode_s", "perf/loss_s", "perf/backward_s", "perf/optimizer_s")
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _peak_flops(device: torch.device) -> float:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in _PEAKS.items() if key in name), 0.0)

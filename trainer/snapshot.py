@@ -1,0 +1,106 @@
+"""What a training checkpoint holds: the model as a transformers folder, and AdamW's state by parameter name.
+
+    step-00001000/model/        config.json, tokenizer, quintet.json, model*.safetensors (fp32)
+                  optimizer/    moments-00000.safetensors ...: exp_avg/<name>, exp_avg_sq/<name>
+
+Tensors are whole and named, not cut by rank, so a run goes on at any world size and ZeRO stage, and nothing is
+pickled. The writing is shared: every tensor has one rank that writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer import distributed
+from trainer.encoder import Encoder, ModelSettings, save_settings
+from trainer.engine import MOMENTS, Engine
+
+_PREFIX = "backbone."
+
+
+def write(folder: Path, engine: Engine, tokenizer: Any, settings: ModelSettings) -> list[Path]:
+    """Write this rank's part of a checkpoint below `folder`, a collective; return the files written."""
+    owners = _owners(engine.shapes)
+    weights = _owned(owners, {name.removeprefix(_PREFIX): (name, engine.weight, ()) for name in engine.shapes})
+    state = {f"{key}/{name}": (name, engine.moment, (key,)) for name in engine.trained() for key in MOMENTS}
+    rank = distributed.rank()
+    files = [
+        _save(folder / "model" / _weights_file(rank), weights),
+        _save(folder / "optimizer" / f"moments-{rank:05d}.safetensors", _owned(owners, state)),
+    ]
+    if rank == 0:
+        _describe(folder / "model", engine, tokenizer, settings, owners)
+        files += [file for file in (folder / "model").iterdir() if file.suffix != ".safetensors"]
+    return [file for file in files if file.is_file()]
+
+
+def size(engine: Engine) -> int:
+    """Bytes of a checkpoint, about: fp32 weights and moments."""
+    return 4 * (1 + len(MOMENTS)) * sum(math.prod(shape) for shape in engine.shapes.values())
+
+
+def moments(folder: Path) -> Callable[[str, str], Tensor]:
+    """Open a checkpoint's optimizer state: (parameter name, moment) -> the whole tensor, read when asked for."""
+    files = [safe_open(file, "pt") for file in sorted((folder / "optimizer").glob("*.safetensors"))]
+    place = {key: file for file in files for key in list(file.keys())}
+
+    def read(name: str, key: str) -> Tensor:
+        tensor: Tensor = place[f"{key}/{name}"].get_tensor(f"{key}/{name}")
+        return tensor
+
+    return read
+
+
+def _owners(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Which rank writes each parameter: the largest first, each to the rank that has the least so far."""
+    load, owners = [0] * distributed.world(), {}
+    for name, shape in sorted(shapes.items(), key=lambda item: (-math.prod(item[1]), item[0])):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += math.prod(shape)
+    return owners
+
+
+def _owned(
+    owners: Mapping[str, int], tensors: Mapping[str, tuple[str, Callable[..., Tensor], tuple[str, ...]]]
+) -> dict[str, Tensor]:
+    """Read every tensor, since some reads are collectives, and hold on to those that this rank writes."""
+    own = {}
+    for key, (name, read, arguments) in tensors.items():
+        tensor = read(name, *arguments)
+        if owners[name] == distributed.rank():
+            own[key] = tensor.contiguous()
+    return own
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if tensors:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    return file
+
+
+def _weights_file(rank: int) -> str:
+    """transformers' own names: one file, or parts counted from 1."""
+    world = distributed.world()
+    return "model.safetensors" if world == 1 else f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
+
+
+def _describe(folder: Path, engine: Engine, tokenizer: Any, settings: ModelSettings, owners: Mapping[str, int]) -> None:
+    """Write everything of a transformers folder that is not a tensor."""
+    assert isinstance(engine.module, Encoder)
+    engine.module.backbone.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_settings(folder, settings)
+    if distributed.world() > 1:
+        weight_map = {name.removeprefix(_PREFIX): _weights_file(rank) for name, rank in owners.items()}
+        total = 4 * sum(math.prod(shape) for shape in engine.shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -1,0 +1,151 @@
+"""One training step: a batch in, an updated model out. The same at any world size, ZeRO stage and chunk size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from data.collate import Batch
+from trainer import distributed, gradcache
+from trainer.encoder import Segments
+from trainer.engine import Engine
+from trainer.gradcache import Rows, Seconds
+from trainer.objectives import Figures
+
+Objective = Callable[[Tensor, Batch], tuple[Tensor, Figures]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did on this rank. `applied` and `grad_norm` are the same on every rank."""
+
+    figures: Figures
+    applied: bool
+    grad_norm: float
+    seconds: Seconds
+    optimizer_seconds: float
+    tokens: int
+    computed_tokens: int  # with padding
+    chunks: int
+    kept: int
+
+
+@dataclass
+class Stepper:
+    """Runs steps of one engine.
+
+    tokens_per_chunk bounds one forward pass; memory_budget (bytes; None: half of what is free) bounds the graphs
+    kept between the passes; packed feeds texts without padding; bf16 runs the forward under autocast.
+    """
+
+    engine: Engine
+    objective: Objective
+    seed: int
+    padding_id: int
+    tokens_per_chunk: int
+    memory_budget: float | None = None
+    bf16: bool = False
+    packed: bool = False
+    _bytes_per_token: float = field(default=0.0, init=False)
+
+    def __call__(self, batch: Batch, step: int, lr: float) -> Outcome:
+        """Train on this rank's share of global batch number `step` at learning rate `lr`."""
+        chunks, keep = self._plan(batch)
+        with self.engine.accumulate():
+            figures, seconds = gradcache.forward_backward(
+                lambda rows: self._embed(batch, rows),
+                chunks,
+                keep,
+                lambda embeddings: self.objective(embeddings, batch),
+                self.engine.backward,
+                seed=self._dropout_seed(step),
+            )
+            begin = perf_counter()
+        applied = self.engine.step(lr)
+        lengths = batch.tokens.lengths
+        computed = sum(len(rows) * int(lengths[rows].max(initial=0)) for rows in chunks)
+        tokens = int(lengths.sum())
+        return Outcome(
+            figures,
+            applied,
+            self.engine.grad_norm,
+            seconds,
+            perf_counter() - begin,
+            tokens,
+            tokens if self.packed else computed,
+            len(chunks),
+            keep,
+        )
+
+    def _dropout_seed(self, step: int) -> int:
+        """Of (run, step, rank): nothing of the random state is saved, and a resumed step draws what it drew."""
+        state = np.random.SeedSequence([self.seed, step, distributed.rank()]).generate_state(1, np.uint64)
+        return int(state[0] >> 1)
+
+    def _plan(self, batch: Batch) -> tuple[list[Rows], int]:
+        """The batch's chunks, and how many of them keep their graph."""
+        chunks = gradcache.plan(batch.tokens.lengths, self.tokens_per_chunk)
+        if not self._bytes_per_token:
+            self._measure(batch, chunks[0])
+        if self.engine.stage < 3:
+            return chunks, self._fitting(batch, chunks)
+        # Every forward gathers parameters: all ranks run the same number of first passes and of replays.
+        missing = distributed.agree_max(len(chunks)) - len(chunks)
+        chunks += [np.empty(0, dtype=np.int64)] * missing
+        return chunks, distributed.agree_min(self._fitting(batch, chunks))
+
+    def _measure(self, batch: Batch, longest: Rows) -> None:
+        """Find the bytes that a token's graph holds, on the chunk of the longest texts, which need the most."""
+        parameters = self.engine.module.parameters()
+        held = gradcache.activation_bytes(lambda: self._embed(batch, longest), parameters)
+        self._bytes_per_token = held / int(batch.tokens.lengths[longest].sum())
+        if self.memory_budget is None:
+            self.memory_budget = free_memory(self.engine.device) / 2
+
+    def _fitting(self, batch: Batch, chunks: list[Rows]) -> int:
+        assert self.memory_budget is not None, "measured first"
+        lengths = batch.tokens.lengths
+        tokens = np.cumsum([len(rows) * int(lengths[rows].max(initial=0)) for rows in chunks])
+        return int((tokens * self._bytes_per_token <= self.memory_budget).sum())
+
+    def _embed(self, batch: Batch, rows: Rows) -> Tensor:
+        """Embeddings [len(rows), D] of some of the batch's texts; an empty chunk runs one token and is ignored."""
+        device = self.engine.device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            if len(rows) == 0:
+                one = torch.full((1, 1), self.padding_id, device=device)
+                embedded: Tensor = self.engine(one, torch.ones_like(one, dtype=torch.bool))
+            elif self.packed:
+                ids, segments = pack(batch, rows)
+                embedded = self.engine(ids.to(device), segments=segments.to(device))
+            else:
+                ids, mask = gradcache.pad(batch.tokens, rows, self.padding_id)
+                embedded = self.engine(ids.to(device), mask.to(device))
+        return embedded
+
+
+def pack(batch: Batch, rows: Rows) -> tuple[Tensor, Segments]:
+    """The chosen texts one after the other: ids [1, T] and where each lies."""
+    lengths = batch.tokens.lengths[rows].astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    ids = torch.from_numpy(gradcache.flat(batch.tokens, rows).astype(np.int64))[None]
+    segments = Segments(
+        torch.from_numpy(offsets.astype(np.int32)), int(lengths.max()), torch.from_numpy(positions)[None]
+    )
+    return ids, segments
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this rank may still take: free memory of its GPU, or its share of the host's."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world())
+    return float(psutil.virtual_memory().available) / ranks_here

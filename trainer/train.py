@@ -1,0 +1,123 @@
+"""Stages `pretrain` and, later, `finetune`: what a training run may be told. The loop itself is trainer/loop.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data.rules import Prompts
+from data.settings import key, unresolved
+from trainer.monitor import WandbConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str = key(help="model folder or hub id; `random` for random weights with the sizes below")
+    architecture: str = key("xlm-roberta", help="random: transformers' name of the architecture")
+    hidden_size: int = key(384, help="random: size of an embedding", low=1)
+    layers: int = key(12, help="random: number of layers", low=1)
+    heads: int = key(12, help="random: attention heads", low=1)
+    intermediate_size: int = key(1536, help="random: width of the feed-forward part", low=1)
+    max_positions: int = key(512, help="random: longest text, in tokens", low=8)
+    dropout: float | None = key(
+        None, help="dropout of hidden states and attention; null: the model's own", low=0, high=0.9
+    )
+    pooling: str = key("mean", help="how token vectors become one", choices=("mean", "cls", "last"))
+    freeze_positions: bool | None = key(None, help="keep position embeddings fixed; null: unless the model is random")
+    attention: str = key(
+        "auto",
+        help="packed: no padding at all, without attention dropout (CUDA); auto: packed where it runs",
+        choices=("auto", "packed", "padded"),
+    )
+    compile: bool = key(False, help="run the backbone through torch.compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    data: str | list[str] = key([], help="held-out sets: JSONL files or BEIR folders; empty: no evaluation")
+    every_steps: int = key(0, help="steps between evaluations; 0: only after the last step", low=0)
+    limit: int = key(2_000, help="rows of each set used in training, seeded; 0: all", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run_dir: str = key(help="folder of the run; a run that is there goes on")
+    data: str | list[str] = key(help="shard folders, globs, or a mixture file")
+    objective: str = key("contrastive", help="what is learned", choices=("contrastive",))
+    model: ModelConfig = key(help="the encoder")
+    tokenizer: str = key("", help="tokenizer folder or hub id; empty: the model's own")
+    prompts: Prompts = key(Prompts(), help="prefixes of the two sides")
+    max_length: int = key(128, help="tokens of a text, the rest is cut", low=4)
+    seed: int = key(0, help="of weights, data order and dropout", low=0)
+
+    batch_size: int = key(32_768, help="global batch in pairs: every query sees all its passages", low=2)
+    steps: int = key(30_000, help="optimizer steps", low=1)
+    lr: float = key(2e-4, help="peak learning rate", above=0)
+    warmup_steps: int = key(1_000, help="steps of linear warm-up; linear decay follows", low=0)
+    weight_decay: float = key(0.01, help="AdamW's decay of matrices", low=0)
+    betas: tuple[float, float] = key((0.9, 0.999), help="AdamW's averages")
+    eps: float = key(1e-8, help="AdamW's epsilon", above=0)
+    max_grad_norm: float = key(1.0, help="clip the global gradient norm; 0: never", low=0)
+    temperature: float = key(0.01, help="divisor of the similarities", above=0)
+
+    zero_stage: int = key(1, help="DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
+    precision: str = key("fp32", help="of the encoder's matrix products: fp32, or bf16 by autocast")
+    tf32: bool = key(True, help="allow TF32 in fp32 matrix products of the encoder (CUDA)")
+    tokens_per_chunk: int = key(16_384, help="padded tokens of one forward pass", low=1)
+    memory_budget_gib: float | None = key(
+        None, help="activations kept between the passes, by rank, in GiB; null: half of what is free", low=0
+    )
+
+    lanes: int = key(64, help="parts of every source that are read side by side; a multiple of the ranks", low=1)
+    homogeneous: bool = key(True, help="take each global batch from one source")
+    alpha: float = key(1.0, help="a source without a weight counts as its size to this power", low=0)
+    shuffle_blocks: int = key(8, help="blocks of a lane that are shuffled together", low=1)
+    data_workers: int = key(1, help="threads that prepare batches ahead", low=1)
+    damaged: str = key("strict", help="damaged shards: strict stops, skip counts", choices=("strict", "skip"))
+    max_bad_records: int = key(1_000, help="skip: damaged records, over all ranks, before the run stops", low=0)
+    allow_pipe: bool = key(False, help="let shard lists run commands (pipe:)")
+
+    save_every_steps: int = key(1_000, help="steps between checkpoints; 0: by time alone", low=0)
+    save_every_minutes: float = key(30.0, help="minutes between checkpoints; 0: by steps alone", low=0)
+    keep_last: int = key(2, help="newest checkpoints to keep", low=1)
+    keep_every: int = key(0, help="also keep every checkpoint of a multiple of so many steps; 0: none", low=0)
+    fresh: bool = key(False, help="start at step 0 even when there is a checkpoint")
+    max_skipped_steps: int = key(10, help="non-finite steps in a row before the run stops", low=1)
+    timeout_minutes: float = key(30.0, help="longest wait of a collective", above=0)
+
+    log_every: int = key(10, help="steps between log lines", low=1)
+    eval: EvalConfig = key(EvalConfig(), help="evaluation in training")
+    wandb: WandbConfig = key(WandbConfig(), help="mirror of the curves")
+    device: str = key("auto", help="auto: CUDA when there is one", choices=("auto", "cpu", "cuda"))
+    config_yaml: str = unresolved()
+
+    def check(self) -> list[str]:
+        problems = []
+        if self.precision not in ("fp32", "bf16"):
+            reason = " (at temperature 0.01 its range overflows, and its loss scaling cannot span the two passes)"
+            why = reason if self.precision == "fp16" else ""
+            problems.append(f"precision={self.precision}: not supported{why}; use bf16 or fp32")
+        if self.warmup_steps >= self.steps:
+            problems.append(f"warmup_steps={self.warmup_steps}: not below steps={self.steps}; lower it")
+        if self.batch_size % self.lanes:
+            problems.append(
+                f"batch_size={self.batch_size}: not a multiple of lanes={self.lanes}; every batch takes equally many "
+                "pairs from each lane, change one of them"
+            )
+        if self.model.path == "random" and not self.tokenizer:
+            problems.append("tokenizer: model.path=random needs one; give a folder (quintet pack --train-tokenizer)")
+        if self.model.path == "random" and self.model.hidden_size % self.model.heads:
+            problems.append(
+                f"model.hidden_size={self.model.hidden_size}: not a multiple of model.heads={self.model.heads}"
+            )
+        return problems
+
+
+def run(config: Config) -> None:
+    """Train, or go on with, the run in config.run_dir.
+
+    Raises:
+        UserError, DataError, NumericError, Stopped: see data/errors.py.
+    """
+    from trainer.loop import fit
+
+    fit(config)
