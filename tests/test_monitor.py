@@ -23,7 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer import monitor
-from trainer.monitor import METRICS, Journal, Mirror, Monitor, WandbConfig
+from trainer.journal import Journal
+from trainer.mirror import Mirror
+from trainer.monitor import METRICS, Monitor, WandbConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DESIGNED = "train/loss train/loss_contrastive train/acc_top1 train/step perf/samples_per_s perf/data_wait_frac perf/mfu"

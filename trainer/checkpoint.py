@@ -109,45 +109,20 @@ def save(
     """
     parent = Path(run_dir) / "checkpoints"
     staging = parent / f".staging-{folder_name(step)}"
-    assert not {"format", "step", "world_size", "time", "files", "digest"} & set(state), sorted(state)
-    manifest: dict[str, Any] = {
-        **state,
-        "format": FORMAT,
-        "step": step,
-        "world_size": ranks.world,
-        "time": time.time(),
-        "files": {},
-    }
-
-    def stage() -> None:
-        if ranks.rank == 0:
-            _remove(staging)
-            staging.mkdir(parents=True)
-            at("staged")
-
-    def write_part() -> None:
-        if not staging.is_dir():
-            raise OSError(f"rank {ranks.rank} does not see {staging}: put run_dir on storage that every node shares")
-        own = [Path(path) for path in write(staging) or ()]
-        at("written")
-        _write_part(staging, ranks.rank, own, at)
-
-    def seal() -> None:
-        if ranks.rank == 0:
-            manifest["files"] = _merge_parts(staging, ranks.world, at)
-            at("before manifest")
-            _write_manifest(staging, manifest)
-            for folder, _, _ in os.walk(staging):
-                sync_folder(Path(folder))
-            at("before rename")
-            _publish(staging, parent / folder_name(step), at)
-
-    for part in (stage, write_part, seal):
+    own = {"format": FORMAT, "step": step, "world_size": ranks.world, "time": time.time(), "files": {}}
+    assert not {*own, "digest"} & set(state), sorted(state)
+    manifest: dict[str, Any] = {**state, **own}
+    first = ranks.rank == 0
+    for part in (
+        lambda: _stage(staging, at) if first else None,
+        lambda: _write_part(staging, ranks.rank, write, at),
+        lambda: _seal(staging, parent / folder_name(step), manifest, at) if first else None,
+    ):
         _together(part, ranks, staging, step)
     return Checkpoint(parent / folder_name(step), step, manifest)
 
 
-def _together(part: Callable[[], None], ranks: Ranks, staging: Path, step: int) -> None:
+def _together(part: Callable[[], object], ranks: Ranks, staging: Path, step: int) -> None:
     """Run one part of a save on every rank, agree on its outcome, and raise everywhere when it failed anywhere."""
     failure: Exception | None = None
     try:
@@ -170,14 +145,37 @@ def _together(part: Callable[[], None], ranks: Ranks, staging: Path, step: int) 
     raise failure
 
 
-def _write_part(staging: Path, rank: int, own: list[Path], at: Callable[[str], None]) -> None:
-    """Sync and hash a rank's own files, and leave the list for rank 0."""
+def _stage(staging: Path, at: Callable[[str], None]) -> None:
+    _remove(staging)
+    staging.mkdir(parents=True)
+    at("staged")
+
+
+def _write_part(
+    staging: Path, rank: int, write: Callable[[Path], Iterable[Path] | None], at: Callable[[str], None]
+) -> None:
+    """Write a rank's own files, sync and hash them, and leave the list for rank 0."""
+    if not staging.is_dir():
+        raise OSError(f"rank {rank} does not see {staging}: put run_dir on storage that every node shares")
+    files = [Path(path) for path in write(staging) or ()]
+    at("written")
     part = {}
-    for path in own:
+    for path in files:
         part[path.relative_to(staging).as_posix()] = _seal_file(path)
         at("file")
     write_json(staging / _part_name(rank), part)
     at("part")
+
+
+def _seal(staging: Path, final: Path, manifest: dict[str, Any], at: Callable[[str], None]) -> None:
+    """List every file in the manifest, make all of it durable, and give the folder its name."""
+    manifest["files"] = _merge_parts(staging, manifest["world_size"], at)
+    at("before manifest")
+    _write_manifest(staging, manifest)
+    for folder, _, _ in os.walk(staging):
+        sync_folder(Path(folder))
+    at("before rename")
+    _publish(staging, final, at)
 
 
 def _merge_parts(staging: Path, world: int, at: Callable[[str], None]) -> dict[str, dict[str, Any]]:

@@ -8,16 +8,13 @@ public configuration ever leave; no text of the data does. The only door to wand
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import netrc
 import os
-import queue
 import re
 import shlex
 import sys
-import threading
 import time
 import urllib.error
 import urllib.parse
@@ -29,6 +26,8 @@ from typing import Any
 
 from data.errors import Stopped
 from data.settings import key
+from trainer.journal import Journal
+from trainer.mirror import Mirror, one_line
 
 log = logging.getLogger("quintet")
 
@@ -136,7 +135,7 @@ class Monitor:
         if not _disabled(wandb):
             given = {"id": run_id, "job_type": job_type, "config": {**redacted(config), "attempt": attempt}}
             folder = Path(run_dir).resolve()
-            self._mirror = Mirror(lambda: WandbRun(folder, wandb, given))
+            self._mirror = Mirror(lambda: WandbRun(folder, wandb, given), abandon=_end_helpers)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record one logged step: one line of metrics.jsonl, its mirror, and a line (or the bar's text) to read."""
@@ -182,156 +181,6 @@ def _number(value: Any) -> float | int:
     return plain
 
 
-class Journal:
-    """metrics.jsonl: append-only, a line an object, flushed at once; a half line left by a crash is cut off first.
-
-    Floats are written so that reading gives the same bits. JSON has no word for the others: they are the strings
-    "NaN", "Infinity" and "-Infinity", which float() reads. When the disk is full, lines wait in memory for room.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._waiting: list[bytes] = []
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._end = _whole_lines(self._descriptor)
-        self._cut()
-
-    def write(self, row: Mapping[str, float]) -> None:
-        line = json.dumps({name: _jsonable(value) for name, value in row.items()}, allow_nan=False)
-        self._waiting.append(line.encode() + b"\n")
-        self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        if self._waiting:
-            log.error("%s: the last %d lines could not be written", self._path, len(self._waiting))
-        os.close(self._descriptor)
-
-    def _flush(self) -> None:
-        waited = len(self._waiting) > 1
-        try:
-            while self._waiting:
-                self._append(self._waiting[0])
-                self._end += len(self._waiting.pop(0))
-        except OSError as error:
-            self._cut()
-            if not waited:
-                log.warning("%s: %s; metrics wait in memory until there is room", self._path, error)
-
-    def _append(self, line: bytes) -> None:
-        if os.pwrite(self._descriptor, line, self._end) < len(line):
-            raise OSError("only a part of a line could be written")
-
-    def _cut(self) -> None:
-        os.ftruncate(self._descriptor, self._end)
-
-
-def _whole_lines(descriptor: int) -> int:
-    """Bytes of a file up to and with its last line end."""
-    end = os.fstat(descriptor).st_size
-    while end:
-        start = max(0, end - 4096)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
-
-
-def _jsonable(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-class Mirror:
-    """Calls to a run elsewhere, made by a thread, so that no error, stall or dead helper reaches the training loop.
-
-    `open_run` is called in that thread and returns an object with log, alert, finish(exit_code) and `hint`, a last
-    word for the reader.
-    """
-
-    def __init__(self, open_run: Callable[[], Any], *, queue_size: int = 10_000) -> None:
-        self._open_run = open_run
-        self._calls: queue.Queue[tuple[str, Callable[[Any], object]] | None] = queue.Queue(queue_size)
-        self._off = False
-        self._errors = 0
-        self._lost = 0
-        self._hint = ""
-        self._ending = False
-        self._exit_code = 0
-        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
-        self._thread.start()
-
-    def send(self, what: str, call: Callable[[Any], object]) -> None:
-        """Queue `call`, which will get the run; never waits."""
-        if self._off:
-            return
-        try:
-            self._calls.put_nowait((what, call))
-        except queue.Full:
-            self._lost += 1
-
-    def finish(self, exit_code: int, limit_seconds: float) -> None:
-        """Let the queue drain and the run end, for at most `limit_seconds` and a few more for cleaning up."""
-        self._exit_code = exit_code
-        if not self._join(limit_seconds):
-            log.warning("W&B did not finish within %g s; metrics.jsonl has everything", limit_seconds)
-            self._off = True
-            _end_helpers()  # the call that waits for them fails now, and nothing waits for them when Python ends
-            self._join(5.0)
-        if self._lost:
-            log.warning("W&B missed %d calls; metrics.jsonl has everything", self._lost)
-        if self._hint:
-            log.info(self._hint)
-
-    def _join(self, limit_seconds: float) -> bool:
-        """Tell the thread to end, once, and wait for it; False when it is still busy."""
-        deadline = time.monotonic() + limit_seconds
-        try:
-            if not self._ending:
-                self._calls.put(None, timeout=limit_seconds)
-                self._ending = True
-        except queue.Full:
-            return False
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        return not self._thread.is_alive()
-
-    def _work(self) -> None:
-        try:
-            run = self._open_run()
-        except Exception as error:
-            self._switch_off("start", error)
-            run = None
-        else:
-            self._hint = run.hint
-        while (entry := self._calls.get()) is not None:
-            what, call = entry
-            if not self._off:
-                self._try(what, call, run)
-        if run is None:
-            return
-        try:
-            run.finish(self._exit_code)
-        except Exception as error:
-            self._switch_off("finish", error)
-
-    def _try(self, what: str, call: Callable[[Any], object], run: Any) -> None:
-        try:
-            call(run)
-            self._errors = 0
-        except Exception as error:
-            self._errors += 1
-            self._lost += 1
-            if self._errors >= 3 or isinstance(error, ConnectionError):
-                self._switch_off(what, error)
-
-    def _switch_off(self, what: str, error: Exception) -> None:
-        if not self._off:
-            self._off = True
-            log.warning("W&B is off from here (%s: %s); metrics.jsonl goes on", what, _one_line(error))
-
-
 class WandbRun:
     """A run of wandb, online when that was asked for or is possible, else offline. All its calls may fail or block."""
 
@@ -344,7 +193,7 @@ class WandbRun:
             _forget()
             if mode == "offline":
                 raise
-            log.warning("W&B did not start online (%s); it goes on offline", _one_line(error))
+            log.warning("W&B did not start online (%s); it goes on offline", one_line(error))
             mode = "offline"
             self._run = _init(run_dir, config, given, mode)
         if mode == "offline":
@@ -457,17 +306,13 @@ def _answers(base_url: str, timeout_seconds: float = 5.0) -> bool:
 
 
 def _end_helpers() -> None:
-    """Kill W&B's own processes below this one; they hang when their disk or network does."""
+    """Kill W&B's own processes below this one: the call that waits for them fails, and nothing waits at exit."""
     import psutil
 
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if child.name().startswith("wandb-"):
                 child.kill()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 _SECRET_NAME = re.compile("key|token|secret|passw|credential", re.IGNORECASE)
