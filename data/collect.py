@@ -48,17 +48,11 @@ class Config:
     """Keys of `quintet collect`."""
 
     output: str = key(help="folder for the JSONL files, SOURCES.json and LICENSES")
-    sources: list[str] = key(  # noqa: RUF009
-        ["homeassistant"], help=f"what to collect, of: {', '.join(_SOURCES)}"
-    )
+    sources: list[str] = key(["homeassistant"], help=f"what to collect, of: {', '.join(_SOURCES)}")
     cache: str = key("", help="folder of fetched wheels; empty: $QUINTET_CACHE/wheels, else ~/.cache/quintet/wheels")
     refresh: bool = key(False, help="ask pip for the newest wheels even when the cache holds some")
-    versions: dict[str, str] = key(  # noqa: RUF009
-        {}, help="package -> version to fetch; others: cached, else pip's choice"
-    )
-    languages: list[str] = key(  # noqa: RUF009
-        [], help="keep only these BCP-47 languages; zh keeps zh-Hans and zh-Hant; empty: all"
-    )
+    versions: dict[str, str] = key({}, help="package -> version to fetch; others: cached, else pip's choice")
+    languages: list[str] = key([], help="keep only these BCP-47 languages; zh keeps zh-Hans and zh-Hant; empty: all")
     min_words: int = key(4, help="shortest passage, in words; two characters count as one in unspaced scripts", low=1)
 
     def check(self) -> list[str]:
