@@ -119,6 +119,7 @@ class TextEncoder:
         self.max_length = max_length
         self._backend = _stateless_copy(tokenizer)
         self._left, self._right = _frame(self._backend)
+        self.num_ids = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         if max_length <= len(self._left) + len(self._right):
             raise UserError(
                 f"max_length={max_length}: no room for text beside {len(self._left) + len(self._right)} special tokens"
