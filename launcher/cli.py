@@ -73,8 +73,18 @@ STAGES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: that of the process) and return the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
     _configure_logging()
+    try:
+        code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # the reader of our output has gone (`quintet ... | head`): nothing may be written to it at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _dispatch(words: list[str]) -> int:
     if words and words[0] in STAGES:
         return _run_stage(words[0], words[1:])
     if words and not words[0].startswith("-"):
@@ -111,10 +121,6 @@ def _run_stage(name: str, words: list[str]) -> int:
         if _rank() == 0:
             _say(f"quintet {name}: interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # the reader of our output has gone (`quintet ... | head`): nothing may be written to it at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
 
 
 def _load_and_run(module: Any, stage: Stage, options: argparse.Namespace, overrides: list[str]) -> int:
