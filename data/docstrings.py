@@ -20,9 +20,9 @@ _FILE_BYTES = 2 << 20  # generated tables, not documentation, are larger
 
 
 class Docstring(NamedTuple):
-    """One docstring: the dotted name of what it documents inside its module, its first paragraph and its prose."""
+    """One docstring: the line of what it documents, its first paragraph and the prose after it."""
 
-    name: str
+    line: int
     summary: str
     body: str
 
@@ -71,7 +71,9 @@ def _packages() -> Iterator[tuple[str, str, str, list[tuple[str, Path]]]]:
     own = sorted(path for path in library.rglob("*.py") if "site-packages" not in path.parts)
     files = [(path.relative_to(library).as_posix(), path) for path in own]
     yield "python", ".".join(map(str, sys.version_info[:3])), "PSF-2.0", files
-    installed = {found.metadata["Name"].lower(): found for found in importlib.metadata.distributions()}
+    installed = {
+        found.metadata["Name"].lower(): found for found in importlib.metadata.distributions() if found.metadata["Name"]
+    }
     for name, package in sorted(installed.items()):
         inside = sorted(str(path) for path in package.files or () if path.suffix == ".py")
         licence = stated_licence(package.read_text("METADATA") or "")
@@ -88,21 +90,22 @@ def read_docstrings(content: bytes) -> list[Docstring]:
             tree = ast.parse(content)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"not readable as Python ({type(error).__name__})") from error
-    found = [(name, ast.get_docstring(node)) for name, node in _documented(tree)]
-    split = [(name, *summary_and_prose(text)) for name, text in found if text]
-    return [Docstring(name, summary, body) for name, summary, body in split if summary and body]
+    texts = [(getattr(node, "lineno", 1), ast.get_docstring(node)) for node in _documented(tree)]
+    found = [Docstring(line, *summary_and_prose(text)) for line, text in texts if text]
+    return [docstring for docstring in found if docstring.summary and docstring.body]
 
 
-_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Documented = ast.Module | _Definition
 
 
-def _documented(module: ast.Module) -> Iterator[tuple[str, _Documented]]:
-    todo: list[tuple[str, _Documented]] = [("", module)]
+def _documented(module: ast.Module) -> Iterator[_Documented]:
+    """The module and every class and function in it, in the order of their lines."""
+    todo: list[_Documented] = [module]
     while todo:
-        prefix, node = todo.pop()
-        yield prefix, node
-        inner = [child for child in node.body if isinstance(child, _Documented) and not isinstance(child, ast.Module)]
-        todo += [(f"{prefix}.{child.name}".lstrip("."), child) for child in reversed(inner)]
+        node = todo.pop()
+        yield node
+        todo += [child for child in reversed(node.body) if isinstance(child, _Definition)]
 
 
 _HEADING = re.compile(
@@ -151,4 +154,5 @@ def _starts_section(lines: list[str]) -> bool:
 
 def _plain(text: str) -> str:
     text = _CITATION.sub("", _REFERENCE.sub(r"\1", _ROLE.sub(r"\1", text)))
-    return normalise(without_marks(without_links(text)).replace("::", ":"))
+    text = without_marks(without_links(text)).replace("::", ":")
+    return normalise(text.encode(errors="replace").decode())  # a literal "\ud800" is no text that can be written

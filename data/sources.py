@@ -201,4 +201,4 @@ def docstrings(origin: Origin) -> Iterator[Pair]:
     for found, texts in origin.members(_MODULE, read_docstrings):
         for text in texts:
             drop = "" if 3 <= num_words(text.summary) <= 60 else "no summary"
-            yield Pair(DOCSTRINGS, text.summary, text.body, "en", f"{found[0]}:{text.name}", drop)
+            yield Pair(DOCSTRINGS, text.summary, text.body, "en", f"{found[0]}:{text.line}", drop)

@@ -107,12 +107,12 @@ def fetch(package: str, cache: Path, *, version: str = "", refresh: bool = False
         version: exactly this version; empty takes the newest in the cache, else what pip chooses.
         refresh: ask pip even when the cache holds a wheel.
 
-    Raises UserError when pip fails.
+    Raises UserError when pip fails or the folder cannot be made.
     """
     cached = [] if refresh else _cached(package, cache, version)
     if cached:
         return cached[-1]
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder("cache", cache)
     requirement = f"{package}=={version}" if version else package
     _log.info("fetching %s with pip into %s", requirement, cache)
     # pip writes into a folder of its own, so an interrupted download never leaves half a wheel in the cache
@@ -120,6 +120,14 @@ def fetch(package: str, cache: Path, *, version: str = "", refresh: bool = False
         _pip_download(requirement, folder, cache)
         (wheel,) = Path(folder).glob("*.whl")
         return wheel.replace(cache / wheel.name)
+
+
+def make_folder(key: str, folder: Path) -> None:
+    """Make `folder`, the value of the configuration's `key`; raises UserError when that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}={folder}: cannot be made ({error.strerror}); name a folder you may write to") from error
 
 
 def _cached(package: str, cache: Path, version: str) -> list[Path]:

@@ -331,9 +331,9 @@ class Lamp:
 
 def test_docstrings_give_the_summary_and_the_prose_before_the_first_section() -> None:
     assert read_docstrings(MODULE.encode()) == [
-        ("", "Shine light on things.", "A lamp is switched with lamp.on, see lamp.off."),
-        ("Lamp", "A lamp of one colour.", "It takes little power and lasts for many years."),
-        ("Lamp.blink", "Blink at a rate.", "The rate is given in blinks a minute:"),
+        (1, "Shine light on things.", "A lamp is switched with lamp.on, see lamp.off."),
+        (7, "A lamp of one colour.", "It takes little power and lasts for many years."),
+        (28, "Blink at a rate.", "The rate is given in blinks a minute:"),
     ]
 
 
@@ -342,6 +342,11 @@ def test_docstrings_give_the_summary_and_the_prose_before_the_first_section() ->
 )
 def test_a_docstring_without_a_summary_or_prose_gives_nothing(docstring: str) -> None:
     assert "" in summary_and_prose(docstring)
+
+
+def test_a_docstring_that_is_no_unicode_text_can_still_be_written() -> None:
+    (found,) = read_docstrings(b'"""Split a pair.\n\nThe half \\ud800 alone is no text.\n"""')
+    assert found.body == "The half ? alone is no text."
 
 
 def test_installed_packages_are_read_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +373,7 @@ def test_installed_packages_are_read_without_being_imported(tmp_path: Path, monk
         "A lamp of one colour.",
         "Blink at a rate.",
     ]
-    assert found[2]["id"] == "docstrings:lamp/lamp/core.py:Lamp"
+    assert found[2]["id"] == "docstrings:lamp/lamp/core.py:7"
     assert papers["packages"][1] == {"name": "lamp", "version": "2.0", "licence": "BSD"}
     assert papers["not_read"] == ["lamp/lamp/broken.py: not readable as Python (SyntaxError)"]
     assert Installed().licence == "that of each package"
@@ -506,6 +511,7 @@ def test_files_of_an_earlier_run_do_not_stay_beside_the_papers_of_this_one(tmp_p
     write_wheel(tmp_path / "cache", "botocore", "1.0", members)
     gather(tmp_path, ["homeassistant"])
     assert set(gather(tmp_path, ["botocore"])) == {"api"}
+    assert [path.name for path in (tmp_path / "out/LICENSES").iterdir()] == ["botocore.txt"]
 
 
 def test_member_names_never_reach_the_file_system(tmp_path: Path) -> None:
@@ -581,6 +587,15 @@ def test_what_pip_says_reaches_the_user(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError, match=r"could not fetch django==9\.9: ERROR: No matching.*check the network"):
         wheels.fetch("django", tmp_path, version="9.9")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    write_wheel(tmp_path / "cache", "homeassistant", "1.0", {})
+    with pytest.raises(UserError, match=r"output=.*file/out.*name a folder"):
+        collect.run(collect.Config(output=str(tmp_path / "file/out"), cache=str(tmp_path / "cache")))
+    with pytest.raises(UserError, match=r"cache=.*file.*name a folder"):
+        wheels.fetch("django", tmp_path / "file")
 
 
 def test_wrong_keys_are_told_with_their_mend() -> None:
