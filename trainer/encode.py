@@ -131,7 +131,7 @@ def load_model(path: str, device: torch.device) -> Model:
 
 @contextmanager
 def progress_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show how many of `total` are done: a bar on a terminal, one line at the end elsewhere.
+    """Show how many of `total` are done: a bar on a terminal, and one line at the end.
 
     Yields the function to call with every further number done.
     """

@@ -114,6 +114,54 @@ def _limited(data: RetrievalSet, limit: int, seed: int) -> RetrievalSet:
     )
 
 
+def corpus(path: str) -> list[str]:
+    """The distinct texts of a file or folder, in order: something to search in.
+
+    A text file has one on each line, a JSONL file one in each row's `text` (after its `title`, if any) or `passage`,
+    a BEIR folder one for each document.
+
+    Raises:
+        UserError: there is no such file, or no text in it.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"input={path}: no such file or folder; give a text file, a JSONL file or a BEIR folder")
+    if place.is_dir():
+        texts = [_document(row) for _, row in _objects(_member(place, "corpus"))]
+    elif place.name.endswith(SUFFIXES):
+        texts = [_text_of(line, f"{path}, line {number}") for number, line in _lines(place)]
+    else:
+        texts = [_utf8(line, f"{path}, line {number}") for number, line in _lines(place)]
+    found = list(dict.fromkeys(text for text in map(normalise, texts) if text))
+    if not found:
+        raise UserError(f"input={path}: there is no text in it")
+    return found
+
+
+def _text_of(line: bytes, where: str) -> str:
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{where}: no JSON: {error}") from None
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return _document(row)
+    if isinstance(row, dict) and isinstance(row.get("passage"), str):
+        return str(row["passage"])
+    raise UserError(f"{where}: a row is an object with a `text` or a `passage`")
+
+
+def _utf8(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: no UTF-8 text ({error.reason}); save the file as UTF-8") from None
+
+
+def _document(row: dict[str, Any]) -> str:
+    """A document as E5 takes it: its title, a blank and its text."""
+    return f"{row.get('title') or ''} {row['text']}".strip()
+
+
 # --- JSONL of pairs --------------------------------------------------------------------------------------------
 
 
@@ -181,8 +229,10 @@ def _decoded(line: bytes) -> Any:
 
 
 def _beir(folder: Path, name: str, split: str) -> RetrievalSet:
-    """Queries are those that the qrels give at least one answer; a document is its title, a blank and its text."""
-    corpus = {key: (f"{row.get('title') or ''} {row['text']}".strip(), row["text"]) for key, row in _corpus(folder)}
+    """Queries are those that the qrels give at least one answer."""
+    corpus = {key: (_document(row), row["text"]) for key, row in _objects(_member(folder, "corpus"))}
+    if not corpus:
+        raise UserError(f"data={folder}: its corpus is empty")
     texts = {key: row["text"] for key, row in _objects(_member(folder, "queries"))}
     judged, notes = _qrels(folder, split, texts, corpus)
     numbers = {key: number for number, key in enumerate(corpus)}
@@ -216,15 +266,6 @@ def _own(key: str, query: str, corpus: dict[str, tuple[str, str]], numbers: dict
     if key not in corpus or row.get(key, 0) > 0 or normalise(corpus[key][1]) != normalise(query):
         return -1
     return numbers[key]
-
-
-def _corpus(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = _objects(_member(folder, "corpus"))
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"data={folder}: its corpus is empty")
-    yield first
-    yield from rows
 
 
 def _member(folder: Path, stem: str) -> Path:
