@@ -107,7 +107,9 @@ class Mixture:
     def order(self, batch_size: int, *, lanes: int = 64, seed: int = 0, shuffle_blocks: int = 4) -> Order:
         """The order in which the records come; the arguments are those of `Order`, and so are the errors."""
         sources = tuple(OrderSource(s.name, s.starts, s.weight, s.index.fingerprint) for s in self.sources)
-        return Order(sources, batch_size, lanes, seed, self.homogeneous, shuffle_blocks)
+        order = Order(sources, batch_size, lanes, seed, self.homogeneous, shuffle_blocks)
+        _warn_of_repeats(order)
+        return order
 
 
 def load(
@@ -280,3 +282,18 @@ def _refuse_repeats(mixture: Mixture) -> None:
                     f"data: {path} is named twice, for source {seen[path]} and for source {source.name}; name it once"
                 )
             seen[path] = source.name
+
+
+def _warn_of_repeats(order: Order) -> None:
+    """Say which sources are smaller than what a batch takes from them."""
+    for source in order.sources:
+        share = order.shares[source.name]
+        taken = order.batch_size if order.homogeneous and share else order.batch_size * share
+        if taken > source.records:
+            log.warning(
+                "source %s: a batch takes %d of its %d records, so it repeats some, and equal texts are no negatives; "
+                "lower batch_size, or set homogeneous=false and give the source a small weight",
+                source.name,
+                round(taken),
+                source.records,
+            )

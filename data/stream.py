@@ -10,8 +10,9 @@ import itertools
 import logging
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +27,7 @@ from data.reading import Block, Policy, cause, read_block
 
 log = logging.getLogger("quintet")
 
-CACHE_BYTES = 1 << 30
+MAX_CACHE_BYTES = 4 << 30
 READ_AHEAD = 4
 # Blocks of a lane, and after them blocks of its source, in which a readable substitute is looked for.
 MAX_SUBSTITUTE_BLOCKS = 64
@@ -44,7 +45,7 @@ class Stream:
             same lane (or, when the whole lane is lost, of the source) in its place and counts it.
         workers: threads that prepare batches.
         read_ahead: batches that are prepared before they are asked for; 0 uses no thread.
-        cache_bytes: decoded blocks that are kept, in bytes.
+        max_cache_bytes: limit of the blocks that are kept decoded; fewer are kept where fewer are open at a time.
 
     Raises:
         UserError: the lanes cannot be dealt to `world` ranks.
@@ -62,16 +63,15 @@ class Stream:
         policy: Policy = "strict",
         workers: int = 1,
         read_ahead: int = READ_AHEAD,
-        cache_bytes: int = CACHE_BYTES,
+        max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         order.check_world(world)
         self._order, self._collate = order, collate
         self._rank, self._world = rank, world
         self._workers, self._read_ahead = workers, read_ahead
-        cache = Cache(cache_bytes)
+        cache = Cache(_cache_bytes(mixture, order, order.lanes // world, max_cache_bytes))
         self._readers = [_Reader(source, policy, cache) for source in mixture.sources]
         self._stored = [reader.opens_stored(collate) for reader in self._readers]
-        _warn_of_small_cache(mixture, order, order.lanes // world, cache_bytes)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step; `bad` counts every record that was due in it and could not be read.
@@ -82,18 +82,19 @@ class Stream:
         """
         return self._prepare(step)[0]
 
-    def batches(self, start_step: int = 0) -> Iterator[tuple[int, Batch]]:
+    def batches(self, start_step: int = 0) -> Generator[tuple[int, Batch], None, None]:
         """(step, batch) for every step from `start_step`, for ever; an error is raised at its own step.
 
         Here `bad` counts a bad record only the first time it comes. Closing the iterator stops the reading ahead.
         """
         known: set[int] = set()
-        for step, (batch, lost) in enumerate(self._ahead(start_step), start_step):
-            fresh = {record: why for record, why in lost.items() if record not in known}
-            known.update(fresh)
-            yield step, replace(batch, bad=dict(Counter(fresh.values())))
+        with closing(self._ahead(start_step)) as ahead:
+            for step, (batch, lost) in enumerate(ahead, start_step):
+                fresh = {record: why for record, why in lost.items() if record not in known}
+                known.update(fresh)
+                yield step, replace(batch, bad=dict(Counter(fresh.values())))
 
-    def _ahead(self, start_step: int) -> Iterator[tuple[Batch, dict[int, str]]]:
+    def _ahead(self, start_step: int) -> Generator[tuple[Batch, dict[int, str]], None, None]:
         """What `_prepare` gives for every step, made by threads before it is asked for."""
         steps = itertools.count(start_step)
         if not self._read_ahead:
@@ -287,18 +288,21 @@ class Cache:
                     self.bytes -= old.bytes
 
 
-def _warn_of_small_cache(mixture: Mixture, order: Order, lanes: int, cache_bytes: int) -> None:
-    """Say so when the blocks that are shuffled together exceed the cache: they are then read again and again."""
+def _cache_bytes(mixture: Mixture, order: Order, lanes: int, limit: int) -> int:
+    """Room for the blocks that are open at a time, those of one window of every lane, and for half as many more.
+
+    Says so when the limit is below that: blocks are then read again and again.
+    """
     needed = 0
     for source in mixture.sources:
         blocks = [block.bytes for shard in source.index.shards for block in shard.blocks]
-        open_blocks = min(len(blocks), lanes * order.shuffle_blocks)
-        needed += open_blocks * sum(blocks) // max(len(blocks), 1)
-    if needed > cache_bytes:
+        needed += sum(blocks) * min(len(blocks), lanes * order.shuffle_blocks) // max(len(blocks), 1)
+    if needed > limit:
         log.warning(
-            "shuffle_blocks=%d: about %d MB of blocks are open at a time, more than the cache of %d MB; reading slows "
-            "down, lower shuffle_blocks",
+            "shuffle_blocks=%d: about %d MB of blocks are open at a time, more than the %d MB that are kept; reading "
+            "slows down, lower shuffle_blocks",
             order.shuffle_blocks,
             needed >> 20,
-            cache_bytes >> 20,
+            limit >> 20,
         )
+    return min(needed * 3 // 2, limit)

@@ -114,6 +114,18 @@ def test_what_an_index_leaves_out_is_told(tmp_path: Path, caplog: pytest.LogCapt
     assert "leaves out bad samples: 3 missing query" in caplog.text
 
 
+@pytest.mark.parametrize(("homogeneous", "told"), [(True, ["small"]), (False, [])])
+def test_a_source_smaller_than_its_part_of_a_batch_is_told(
+    tmp_path: Path, homogeneous: bool, told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path / "a", 10, "small")
+    put(tmp_path / "b", 90, "large")
+    found = mixture.load([str(tmp_path / "a"), str(tmp_path / "b")], homogeneous=homogeneous)
+    with caplog.at_level(logging.WARNING, "quintet"):
+        found.order(64, lanes=8)
+    assert [message.split(":")[0] for message in caplog.messages] == [f"source {name}" for name in told]
+
+
 # Mixture files
 
 

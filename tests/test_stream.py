@@ -194,7 +194,7 @@ def test_threads_and_caches_change_no_batch(tmp_path: Path, sources: Any, tokeni
         {"read_ahead": 0},
         {"read_ahead": 1, "workers": 1},
         {"read_ahead": 7, "workers": 5},
-        {"read_ahead": 3, "workers": 4, "cache_bytes": 1},
+        {"read_ahead": 3, "workers": 4, "max_cache_bytes": 1},
     ):
         batches = take(stream(found, tokenizer, 2, **options).batches(), 20)
         assert [content(batch) for batch in batches] == expected
@@ -441,5 +441,5 @@ def test_a_cache_too_small_for_the_open_blocks_is_told(
     tmp_path: Path, sources: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "quintet"):
-        stream(load(tmp_path, ["arrow"]), tokenizer, cache_bytes=1000)
+        stream(load(tmp_path, ["arrow"]), tokenizer, max_cache_bytes=1000)
     assert "lower shuffle_blocks" in caplog.text
