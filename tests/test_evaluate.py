@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from data.errors import NumericError, UserError
 from data.rules import Prompts
-from trainer import bm25, distributed, evaluate, retrieval, sets
+from trainer import bm25, checkpoint, distributed, evaluate, retrieval, sets
 from trainer.encode import encode_texts
 from trainer.encoder import open_model
 from trainer.metrics import NAMES
@@ -422,15 +423,21 @@ def test_prompts_and_length_may_be_set_and_bm25_left_out(prepared: Path) -> None
     assert (about["query_prompt"], about["passage_prompt"], about["max_length"]) == ("", "Wohnzimmer ", 9)
 
 
-def test_a_run_folder_stands_for_its_exported_model(prepared: Path) -> None:
+def test_a_run_folder_stands_for_its_model_or_its_newest_checkpoint(prepared: Path) -> None:
+    def weights(model: Path) -> str:
+        evaluate.run(_config(prepared, model=str(model)))
+        return json.loads((prepared / "scores" / "evaluation.json").read_text())["weights_xxh3_128"]
+
+    first, second = prepared / "model", tiny.bert(prepared / "other", hidden_size=16)
     run = prepared / "run"
     run.mkdir()
     (run / "config.yaml").write_text("steps: 1\n", encoding="utf-8")
-    with pytest.raises(UserError, match="quintet export run_dir="):
-        evaluate.run(_config(prepared, model=str(run)))
-    (prepared / "model").rename(run / "model")
-    evaluate.run(_config(prepared, model=str(run)))
-    assert (prepared / "scores" / "results.json").is_file()
+    with pytest.raises(UserError, match="neither a model/ nor a checkpoint"):
+        weights(run)
+    saved = checkpoint.save(run, 7, lambda staging: shutil.copytree(first, staging / "model") and None, {})
+    assert weights(run) == weights(saved.folder) == weights(first)
+    shutil.copytree(second, run / "model")
+    assert weights(run) == weights(second) != weights(first)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.tokens import Ragged, TextEncoder, concat
+from trainer import checkpoint
 from trainer.encoder import Encoder, Model, open_model
 from trainer.gradcache import Rows, pad, plan
 
@@ -116,17 +117,29 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_model(path: str, device: torch.device) -> Model:
-    """Open a model folder, a hub id, or the exported model of a run folder.
+    """Open a model folder, a hub id, a checkpoint, or a run folder: its exported model, else its newest checkpoint.
 
     Raises:
-        UserError: there is no model, or the run has not exported one yet.
+        UserError: there is no model, or the run has none yet.
     """
     folder = Path(path)
-    if not (folder / "config.yaml").is_file():
+    if (folder / checkpoint.MANIFEST).is_file():
+        source = checkpoint.load(folder, deep=True).folder / "model"
+    elif (folder / "config.yaml").is_file():
+        source = _model_of_run(folder)
+    else:
         return open_model(path, device=device)
-    if not (folder / "model").is_dir():
-        raise UserError(f"model={path}: this run has no model/ yet; make one with `quintet export run_dir={path}`")
-    return replace(open_model(folder / "model", device=device), name=folder.resolve().name)
+    return replace(open_model(source, device=device), name=folder.resolve().name)
+
+
+def _model_of_run(run_dir: Path) -> Path:
+    if (run_dir / "model").is_dir():
+        return run_dir / "model"
+    newest = checkpoint.newest(run_dir)
+    if newest is None:
+        raise UserError(f"model={run_dir}: this run has neither a model/ nor a checkpoint yet; train it first")
+    log.info("%s has no model/ yet: its checkpoint of step %d is used", run_dir, newest.step)
+    return newest.folder / "model"
 
 
 @contextmanager

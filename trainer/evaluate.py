@@ -173,7 +173,8 @@ def _print_table(results: dict[str, Result], name: str) -> None:
                 table.add_row(*labels, *(f"{scores[metric]:.3f}" for metric in _COLUMNS))
         table.add_section()
     console = Console()
-    console.print(table, width=None if console.is_terminal else 120)
+    wide = console if console.is_terminal else Console(width=120)  # a file or a pipe has no edge to fold at
+    wide.print(table)
 
 
 def _by_source(result: Result, name: str) -> list[tuple[str, list[tuple[str, Result]]]]:
