@@ -63,19 +63,19 @@ def start(device: torch.device, timeout_seconds: float, rendezvous: str = "") ->
         return here
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    for name, value in (("RANK", here.rank), ("WORLD_SIZE", here.world), ("LOCAL_RANK", here.local_rank)):
+        os.environ.setdefault(name, str(value))  # DeepSpeed insists on them
     if here.world == 1 and not rendezvous:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return here
-    _complete_rendezvous(here)
+    _complete_rendezvous()
     init_method = rendezvous or "env://"
     dist.init_process_group(backend, init_method=init_method, rank=here.rank, world_size=here.world, timeout=timeout)
     return here
 
 
-def _complete_rendezvous(here: Place) -> None:
-    """Fill in what DeepSpeed and torch read from the environment, and what Slurm leaves out."""
-    for name, value in (("RANK", here.rank), ("WORLD_SIZE", here.world), ("LOCAL_RANK", here.local_rank)):
-        os.environ.setdefault(name, str(value))
+def _complete_rendezvous() -> None:
+    """Fill in where the ranks meet, where the launcher has not said it."""
     if "MASTER_ADDR" not in os.environ:
         if int(os.environ.get("SLURM_NNODES", "1")) > 1:
             raise UserError("MASTER_ADDR is not set: start with slurm/pretrain.sh, or export the first node's address")

@@ -7,6 +7,7 @@ forward, so a step over many chunks adds up fp32 gradients and no loss scaling i
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -45,9 +46,13 @@ class Engine:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         self.count = sum(math.prod(shape) for shape in self.shapes.values())
         self.config = deepspeed_config(settings, stage=stage, local_batch=local_batch, parameters=self.count)
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=module.to(device), optimizer=_adamw(module, settings), config=self.config, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints of the op that it has built
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=module.to(device),
+                optimizer=_adamw(module, settings),
+                config=self.config,
+                dist_init_required=False,
+            )
         self.parameters = dict(module.named_parameters())
         self.grad_norm = math.nan
 

@@ -121,7 +121,7 @@ class Run:
         self.updates += outcome.applied
         self.skipped += not outcome.applied
         self.skipped_in_a_row = 0 if outcome.applied else self.skipped_in_a_row + 1
-        self.meter.add(outcome)
+        self.meter.add(outcome, batch)
         if not outcome.applied:
             self._note_skip(batch)
         if self._due(self.config.log_every) or self.step == self.config.steps:

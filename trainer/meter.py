@@ -7,8 +7,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from data.collate import Batch
 from trainer import distributed
 from trainer.step import Outcome
 
@@ -29,9 +31,11 @@ class Meter:
     waited: float = 0.0
     _outcomes: list[Outcome] = field(default_factory=list)
     _since: float = field(default_factory=time.perf_counter)
+    _last_batch: float = 0.0
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: Outcome, batch: Batch) -> None:
         self._outcomes.append(outcome)
+        self._last_batch = batch_hash(batch.record_ids)
 
     def pause(self) -> None:
         """Forget the time since the last log line: it held a save or an evaluation."""
@@ -52,7 +56,8 @@ class Meter:
         ]
         seconds.append(sum(outcome.optimizer_seconds for outcome in outcomes))
         tokens = [float(sum(o.tokens for o in outcomes)), float(sum(o.computed_tokens for o in outcomes))]
-        totals = distributed.sums([*figures, *seconds, *tokens, self.waited, elapsed])
+        totals = distributed.sums([*figures, *seconds, *tokens, self.waited, elapsed, self._last_batch])
+        *totals, last_batch = totals
         means = [total / (world * count) for total in totals]
         row = dict(zip(names, means, strict=False))
         row |= dict(zip(_TIMES, means[len(names) :], strict=False))
@@ -66,12 +71,24 @@ class Meter:
             "perf/mem_gib": _peak_memory(self.device) / 2**30,
             "perf/eta_h": steps_left * elapsed / count / 3600,
             "data/padding_frac": 1 - token_count / computed,
+            "data/batch_hash": last_batch,
         }
         peak = _peak_flops(self.device)
         if peak:
             row["perf/mfu"] = self.flops_per_token * token_count / elapsed / (peak * world)
         self.pause()
         return row
+
+
+def batch_hash(record_ids: np.ndarray) -> float:
+    """A number that says which records a batch holds, whatever their order and however ranks divide them.
+
+    The sum of 32-bit hashes (the finalizer of MurmurHash3): exact in a float up to two million records.
+    """
+    mixed = record_ids.astype(np.uint64)
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(factor)
+    return float((mixed >> np.uint64(32)).sum())
 
 
 _TIMES = ("perf/encode_s", "perf/loss_s", "perf/backward_s", "perf/optimizer_s")
