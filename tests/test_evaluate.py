@@ -99,6 +99,14 @@ def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -
     assert [data.name for data in sets.load(paths)] == ["left/holdout", "right/holdout"]
 
 
+def test_a_link_keeps_its_name_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    blob = _jsonl(tmp_path / "blobs" / "0123", ROWS)
+    blob.write_bytes(b"\xef\xbb\xbf" + blob.read_bytes())
+    (tmp_path / "rooms.jsonl").symlink_to(blob)
+    (data,) = sets.load(str(tmp_path / "rooms.jsonl"))
+    assert (data.name, len(data.rows), data.notes) == ("rooms", len(ROWS), ())
+
+
 def test_a_limit_draws_rows_and_keeps_the_corpus(tmp_path: Path) -> None:
     rows = [{"query": f"query {i}", "passage": f"passage {i}", "lang": f"l{i}"} for i in range(50)]
     path = str(_jsonl(tmp_path / "many.jsonl", rows))

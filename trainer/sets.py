@@ -6,8 +6,10 @@ corpus, and BEIR folders (corpus.jsonl, queries.jsonl, qrels/<split>.tsv).
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -75,11 +77,11 @@ def load(data: str | Sequence[str], *, split: str = "test", limit: int = 0, seed
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """Stem or folder name; where two are alike, with the folder around it."""
-    stems = [path.resolve().name.split(".jsonl")[0] for path in paths]
+    places = [Path(os.path.abspath(path)) for path in paths]  # a link keeps its own name
+    stems = [place.name.split(".jsonl")[0] for place in places]
     alike = Counter(stems)
     names = [
-        f"{path.resolve().parent.name}/{stem}" if alike[stem] > 1 else stem
-        for path, stem in zip(paths, stems, strict=True)
+        f"{place.parent.name}/{stem}" if alike[stem] > 1 else stem for place, stem in zip(places, stems, strict=True)
     ]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -152,7 +154,7 @@ def _text_of(line: bytes, where: str) -> str:
 
 def _utf8(line: bytes, where: str) -> str:
     try:
-        return line.decode("utf-8-sig")
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: no UTF-8 text ({error.reason}); save the file as UTF-8") from None
 
@@ -342,6 +344,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
