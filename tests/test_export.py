@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from data.errors import QuintetError, UserError
-from trainer import checkpoint, export
+from trainer import checkpoint, classic, export
 from trainer.card import Card
 from trainer.encode import encode_texts
 from trainer.encoder import Encoder, Model, open_model
 
+READER = export._sentence_transformers
 FAMILIES = [tiny.bert, tiny.xlmr, tiny.mpnet]
 TEXTS = [*tiny.TEXTS, "", "one", "many words in a row " * 50]
 
@@ -70,7 +71,7 @@ def test_exported_vectors_are_the_trainers_in_both_libraries(
     tmp_path: Path, family: Callable[..., Path], pooling: str
 ) -> None:
     model = _model(tmp_path, family, pooling)
-    difference = export.write(model, tmp_path / "out", Card())
+    difference = classic.write(model, tmp_path / "out", Card(), READER)
     reader = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     for name, prompt in (("query", "q: "), ("document", "p: ")):
         ours = encode_texts(model, TEXTS, prompt)
@@ -88,7 +89,7 @@ def test_the_cards_own_code_gives_the_same_vectors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], pooling: str, normalize: bool
 ) -> None:
     model = _model(tmp_path, tiny.xlmr, pooling, normalize)
-    export.write(model, tmp_path / "out", Card())
+    classic.write(model, tmp_path / "out", Card(), READER)
     blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
     seen: list[list[float]] = []
     for block in blocks:
@@ -107,7 +108,7 @@ def test_the_cards_own_code_gives_the_same_vectors(
 @pytest.mark.parametrize("normalize", [True, False])
 def test_opening_the_export_gives_the_same_model_back(tmp_path: Path, normalize: bool) -> None:
     model = _model(tmp_path, tiny.xlmr, "last", normalize)
-    export.write(model, tmp_path / "out", Card())
+    classic.write(model, tmp_path / "out", Card(), READER)
     again = open_model(tmp_path / "out")
     for name in ("query_prompt", "passage_prompt", "max_length", "pooling", "normalize"):
         assert getattr(again, name) == getattr(model, name)
@@ -120,7 +121,7 @@ def test_half_precision_is_stored_as_such_and_compared_with_the_rounded_weights(
 ) -> None:
     model = _model(tmp_path)
     before = encode_texts(model, TEXTS)
-    assert export.write(model, tmp_path / "out", Card(), dtype=name) < 1e-5
+    assert classic.write(model, tmp_path / "out", Card(), READER, dtype=name) < 1e-5
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(key).dtype for key in list(file.keys())} == {dtype}
     assert torch.equal(encode_texts(model, TEXTS), before)  # the model in hand is left as it was
@@ -129,35 +130,30 @@ def test_half_precision_is_stored_as_such_and_compared_with_the_rounded_weights(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_readers_miss_no_weight_and_meet_no_stranger(tmp_path: Path, family: Callable[..., Path]) -> None:
-    export.write(_model(tmp_path, family), tmp_path / "out", Card())
+    classic.write(_model(tmp_path, family), tmp_path / "out", Card(), READER)
     _, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
 
 
 def test_prompts_go_by_the_names_that_mteb_accepts(tmp_path: Path) -> None:
-    export.write(_model(tmp_path), tmp_path / "out", Card())
+    classic.write(_model(tmp_path), tmp_path / "out", Card(), READER)
     prompts = SentenceTransformer(str(tmp_path / "out"), device="cpu").prompts
     assert set(prompts) <= MTEB_NAMES
     assert (prompts["query"], prompts["document"], prompts["STS"]) == ("q: ", "p: ", "q: ")
 
 
 @pytest.mark.parametrize("change", [1e-4, float("nan")])
-def test_a_reader_that_disagrees_prevents_the_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float
-) -> None:
-    honest = export._sentence_transformers
-
-    def altered(folder: Path, prompt_name: str) -> torch.Tensor:
-        vectors = honest(folder, prompt_name).clone()
+def test_a_reader_that_disagrees_prevents_the_export(tmp_path: Path, change: float) -> None:
+    def altered(folder: Path, texts: Sequence[str], prompt_name: str) -> torch.Tensor:
+        vectors = READER(folder, texts, prompt_name).clone()
         vectors[3, 5] += change
         return vectors
 
-    monkeypatch.setattr(export, "_sentence_transformers", altered)
     model = _model(tmp_path)
     (tmp_path / "place").mkdir()
     with pytest.raises(QuintetError, match="nothing was written"):
-        export.write(model, tmp_path / "place" / "out", Card())
+        classic.write(model, tmp_path / "place" / "out", Card(), altered)
     assert list((tmp_path / "place").iterdir()) == []
 
 
@@ -166,9 +162,9 @@ def test_an_output_that_is_there_is_kept_unless_told_otherwise(tmp_path: Path) -
     (tmp_path / "place" / "out").mkdir(parents=True)
     (tmp_path / "place" / "out" / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="overwrite=true"):
-        export.write(model, tmp_path / "place" / "out", Card())
+        classic.write(model, tmp_path / "place" / "out", Card(), READER)
     assert (tmp_path / "place" / "out" / "precious.txt").read_text() == "mine"
-    export.write(model, tmp_path / "place" / "out", Card(), overwrite=True)
+    classic.write(model, tmp_path / "place" / "out", Card(), READER, overwrite=True)
     assert [path.name for path in (tmp_path / "place").iterdir()] == ["out"]
     assert not (tmp_path / "place" / "out" / "precious.txt").exists()
 

@@ -1,0 +1,251 @@
+"""The classic layout of sentence-transformers: a model as a folder, checked by reading it before it appears.
+
+All versions of sentence-transformers read it:
+
+    config.json, model.safetensors, tokenizer files      what transformers needs
+    modules.json, 1_Pooling/, 2_Normalize/               what is done with its output
+    sentence_bert_config.json                            longest text
+    config_sentence_transformers.json                    prompts and similarity
+    README.md                                            model card
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from data.errors import QuintetError, UserError
+from trainer.card import Card, Facts, readme
+from trainer.encode import encode_texts
+from trainer.encoder import Encoder, Model, pool
+from trainer.runfolder import sync_folder
+
+# Opens a folder as its users do: (folder, texts, prompt name) -> vectors [n, D] in fp32, each after that prompt.
+Reader = Callable[[Path, Sequence[str], str], Tensor]
+
+TOLERANCE = 1e-5  # between our vectors and a reader's, in fp32; float sums in another order stay below 1e-6
+
+# MTEB looks a prompt up by the type of its task, then by query or document, and ignores every prompt of a model that
+# has one under another name. E5 puts the query's prompt before all texts of the types below.
+_SYMMETRIC_TASKS = (
+    "BitextMining",
+    "Classification",
+    "MultilabelClassification",
+    "Clustering",
+    "PairClassification",
+    "Reranking",
+    "STS",
+    "Summarization",
+)
+
+# Texts of several scripts and lengths for the comparison: none at all, one word, more than any position table holds.
+_TEXTS = (
+    "",
+    "tower",
+    "How do I set the temperature of the living room?",
+    "Die Straße führt über den Fluß; naïve café, 3,5 °C.",
+    "Выберите устройство для подключения к сети.",
+    "温度を設定します。これは試験です。",
+    "كيف أضبط درجة الحرارة في غرفة المعيشة؟",
+    "यह एक छोटा वाक्य है जिसमें कुछ शब्द हैं।",
+    "ตั้งค่าอุณหภูมิของห้องนั่งเล่น",
+    "one line\nanother line\twith a tab  and  blanks 🙂",
+    "A sentence of middling length, repeated a few times. " * 8,
+    "The longest text goes well beyond the last position. " * 200,
+)
+
+
+def write(
+    model: Model, folder: Path, card: Card, reader: Reader, *, dtype: str = "fp32", overwrite: bool = False
+) -> float:
+    """Write the model as a folder, open it with `reader` and with transformers, and publish it when vectors are equal.
+
+    The weights are rounded to `dtype` first and all comparing is done in fp32 on the CPU, so the tolerance is one
+    for every dtype. The folder appears by one rename: it is whole and checked, or not there.
+
+    Returns:
+        The largest absolute difference of any number of any vector.
+
+    Raises:
+        UserError: the folder is there and `overwrite` is false, or it cannot be written.
+        QuintetError: a difference above TOLERANCE.
+    """
+    refuse_existing(folder, overwrite)
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        rounded = _write_files(model, staging, card, dtype)
+        difference = _compare(rounded, staging, reader)
+        if not difference <= TOLERANCE:
+            raise QuintetError(
+                f"export: the reloaded model differs by {difference:.1e} (allowed {TOLERANCE:.0e}); nothing was written"
+            )
+        _publish(staging, folder)
+    except OSError as error:
+        raise UserError(f"output={folder}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return difference
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Raise UserError when the folder is there and may not be replaced."""
+    if folder.exists() and not overwrite:
+        raise UserError(f"output={folder}: is there already; choose another folder or set overwrite=true")
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    """Put the finished folder in place; an old one steps aside first and goes last."""
+    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        staging.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def _write_files(model: Model, folder: Path, card: Card, dtype: str) -> Model:
+    """Write all files; return the model with the weights as they were stored, in fp32 on the CPU."""
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    encoder = Encoder(copy.deepcopy(model.encoder.backbone), model.pooling, model.normalize).eval()
+    encoder.to("cpu", dtypes[dtype])
+    encoder.backbone.set_attn_implementation("eager" if encoder.backbone.config.model_type == "mpnet" else "sdpa")
+    with quiet():  # one file: the classic layout has no parts
+        encoder.backbone.save_pretrained(folder, state_dict=_state(encoder.backbone), max_shard_size="1000GB")
+    _write_tokenizer(model, folder)
+    for name, content in _settings_files(model).items():
+        _write_json(folder / name, content)
+    (folder / "README.md").write_text(readme(card, _facts(model)), encoding="utf-8")
+    return dataclasses.replace(model, encoder=encoder.float())
+
+
+def _state(backbone: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights, and zeros for the pooler that transformers puts on BERT and its kin.
+
+    No embedding of ours uses it, but without it every reader is told that weights are missing and that the model
+    should be trained before use.
+    """
+    with torch.device("meta"):
+        usual = type(backbone)(backbone.config).state_dict()
+    pooler = {name: torch.zeros(like.shape, dtype=backbone.dtype) for name, like in usual.items() if "pooler." in name}
+    return pooler | backbone.state_dict()
+
+
+def _write_tokenizer(model: Model, folder: Path) -> None:
+    tokenizer = copy.deepcopy(model.tokenizer)
+    # A reader that takes the tokenizer's own word for it cuts and pads as training did.
+    tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side = model.max_length, "right", "right"
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # the name since transformers 5; older ones know this:
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["model_input_names"] = ["input_ids", "attention_mask"]  # they would add what MPNet does not take
+    for name in ("is_local", "local_files_only"):  # how it was opened here
+        settings.pop(name, None)
+    _write_json(file, settings)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _settings_files(model: Model) -> dict[str, Any]:
+    """The JSON files of the classic layout."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"} | ({"2_Normalize": "Normalize"} if model.normalize else {})
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (path, kind) in enumerate(kinds.items())
+    ]
+    pooling = {
+        "word_embedding_dimension": model.encoder.size,
+        "pooling_mode_cls_token": model.pooling == "cls",
+        "pooling_mode_mean_tokens": model.pooling == "mean",
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": False,
+        "pooling_mode_lasttoken": model.pooling == "last",
+        "include_prompt": True,
+    }
+    prompts = {"query": model.query_prompt, "document": model.passage_prompt}
+    prompts |= dict.fromkeys(_SYMMETRIC_TASKS, model.query_prompt)
+    settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    return {
+        "modules.json": modules,
+        "1_Pooling/config.json": pooling,
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": model.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": settings,
+    }
+
+
+def _facts(model: Model) -> Facts:
+    return Facts(
+        size=model.encoder.size,
+        parameters=sum(parameter.numel() for parameter in model.encoder.parameters()),
+        max_length=model.max_length,
+        pooling=model.pooling,
+        normalize=model.normalize,
+        query_prompt=model.query_prompt,
+        passage_prompt=model.passage_prompt,
+    )
+
+
+# --- comparison ------------------------------------------------------------------------------------------------
+
+
+def _compare(model: Model, folder: Path, reader: Reader) -> float:
+    """The largest difference between the model's vectors and those of the reader and of transformers."""
+    differences: list[Tensor] = []
+    for name, prompt in (("query", model.query_prompt), ("document", model.passage_prompt)):
+        ours = encode_texts(model, _TEXTS, prompt, tokens_per_chunk=256)  # other chunks, and so padding, than theirs
+        theirs = (reader(folder, _TEXTS, name), _transformers(folder, [prompt + text for text in _TEXTS], model))
+        differences += [(ours - vectors).abs().max() for vectors in theirs]
+    return float(torch.stack(differences).max())  # torch's maximum keeps a NaN, Python's may drop it
+
+
+def _transformers(folder: Path, texts: Sequence[str], model: Model) -> Tensor:
+    """What a user of transformers gets: all texts in one padded batch."""
+    with quiet():
+        backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = backbone(**inputs).last_hidden_state
+    vectors = pool(hidden, inputs["attention_mask"].bool(), model.pooling)
+    return torch.nn.functional.normalize(vectors, dim=1) if model.normalize else vectors
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' bars and reports on weights out of the log."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
