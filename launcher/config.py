@@ -101,7 +101,7 @@ def _written_values(sources: Sources) -> dict[str, Any]:
     for name, key in sources.keys.items():
         given = sources.given.get(name)
         if given is None or given.text == "???":
-            if key.mandatory:
+            if key.mandatory and name not in sources.unread:
                 sources.problems.append(f"{name}: must be given ({key.help}); write {name}=VALUE")
             written[name] = None if key.mandatory else key.default
             continue

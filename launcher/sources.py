@@ -34,6 +34,7 @@ class Sources:
     keys: dict[str, Key]
     given: dict[str, Given] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)  # keys whose value was no value: told once, not missed again
 
     def read_file(self, path: Path, parents: tuple[Path, ...] = (), place: str = "") -> None:
         """Add the keys of one file, after those of the files that its `include` names (relative to itself)."""
@@ -62,12 +63,14 @@ class Sources:
             text = "true"
         elif not equals:
             self.problems.append(self._valueless(word, name))
+            self.unread.add(name)
             return
         parent, entry = self._entry_of(name)
         try:
             node = _entry_node(entry, text, self.keys[parent]) if parent else _node(text, key)
         except BadValue as error:
             self.problems.append(f"{name}={text}: {error}")
+            self.unread.add(name)
             return
         self._put(parent or name, Given(node, text))
 

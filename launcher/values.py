@@ -93,7 +93,8 @@ def _compose(text: str) -> yaml.Node:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise BadValue(f"is no valid YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
+        what = getattr(error, "problem", None) or "unreadable"
+        raise BadValue(f"is no valid YAML ({what}); put text with special characters in quotes") from None
     return yaml.ScalarNode(_NULL, "") if node is None else node
 
 

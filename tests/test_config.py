@@ -294,6 +294,14 @@ def test_all_problems_of_files_and_overrides_are_listed_at_once(
     assert error.value.exit_code == 2
 
 
+@pytest.mark.parametrize("word", ["data=[a", "data", "--data"])
+def test_a_key_whose_value_cannot_be_read_is_not_also_called_missing(word: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config.load(Recipe, [], ["run_dir=r", word])
+    (problem,) = error.value.problems
+    assert problem.startswith(word)
+
+
 def test_a_key_that_the_command_sets_cannot_be_given_another_value() -> None:
     (problem,) = problems("unit=epoch", fixed={"unit": "step"})
     assert "unit=epoch" in problem
