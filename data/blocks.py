@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from data.records import BadRecord, Row, text_hash, values
+from data.records import BadRecord, Row, text_hashes, values
 
 # Larger than any record that `values` takes, so that no member can make the JSON decoder take more memory.
 MAX_MEMBER_BYTES = 64 << 20
@@ -60,18 +60,19 @@ def table(rows: Sequence[Row], source: str, tokens: Sequence[Tokens] = (), token
     """Rows as a table; those that name no source get `source`. `tokens` go with the rows when `token_dtype` is set."""
     columns: Sequence[Sequence[Any]] = list(zip(*rows, strict=True)) or [()] * 8
     queries, passages, sources, langs, ids, negatives, instructions, symmetric = columns
+    hard = list(chain.from_iterable(negatives))
     arrays = [
         pa.array(queries, pa.string()),
         pa.array(passages, pa.string()),
-        pa.array([name or source for name in sources], pa.string()),
-        pa.array(langs, pa.string()),
+        _strings([name or source for name in sources]),
+        _strings(langs),
         pa.array(ids, pa.string()),
-        _lists(negatives, pa.array(chain.from_iterable(negatives), pa.string())),
-        pa.array(instructions, pa.string()),
+        _lists(negatives, pa.array(hard, pa.string())),
+        _strings(instructions),
         pa.array(symmetric, pa.bool_()),
-        _hashes(queries),
-        _hashes(passages),
-        _lists(negatives, _hashes(list(chain.from_iterable(negatives)))),
+        pa.array(text_hashes(queries)),
+        pa.array(text_hashes(passages)),
+        _lists(negatives, pa.array(text_hashes(hard))),
     ]
     if token_dtype is not None:
         arrays += [_token_lists(side, token_dtype) for side in (_column(tokens, 0), _column(tokens, 1))]
@@ -150,5 +151,8 @@ def _token_lists(lists: Sequence[Sequence[int]], token_dtype: str) -> pa.ListArr
     return _lists(lists, pa.array(flat).cast(pa.type_for_alias(token_dtype)))
 
 
-def _hashes(texts: Sequence[str]) -> pa.Array:
-    return pa.array(map(text_hash, texts), pa.int64(), size=len(texts))
+def _strings(texts: Sequence[str]) -> pa.Array:
+    """A column of texts; labels are often all the same."""
+    if texts and texts.count(texts[0]) == len(texts):
+        return pa.repeat(pa.scalar(texts[0], pa.string()), len(texts))
+    return pa.array(texts, pa.string())

@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 MAX_CHARS = 100_000
@@ -97,9 +99,15 @@ def values(obj: object, names: Sequence[str] = NAMES, max_chars: int = MAX_CHARS
         negatives = _negatives(negatives, max_chars)
     if type(id) is int:
         id = str(id)
-    for name, value in (("source", source), ("lang", lang), ("id", id), ("instruction", instruction)):
-        if value is not None:
-            _check_label(value, name, max_chars)
+    # Unrolled, as most records have few of these: a loop over names and values takes a tenth of the reading time.
+    if source is not None:
+        _check_label(source, "source", max_chars)
+    if lang is not None:
+        _check_label(lang, "lang", max_chars)
+    if id is not None:
+        _check_label(id, "id", max_chars)
+    if instruction is not None:
+        _check_label(instruction, "instruction", max_chars)
     if symmetric is not None and type(symmetric) is not bool:
         raise BadRecord("wrong type", f"symmetric is {type(symmetric).__name__}, not a boolean")
     return (
@@ -153,10 +161,20 @@ def _refuse_surrogates(row: Row) -> None:
 
 def normalise(text: str) -> str:
     """NFC, every run of white space to one blank, no white space at the ends."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    # A printable text has no white space but blanks: most texts need no new string, which is 3 times as fast.
+    if text.isprintable() and "  " not in text and text[:1] != " " and text[-1:] != " ":
+        return text
+    return " ".join(text.split())
 
 
 def text_hash(text: str) -> int:
     """The identity of a text: signed 64-bit XXH3 of its normalised UTF-8 bytes."""
     unsigned = xxhash.xxh3_64_intdigest(normalise(text).encode())
     return unsigned - (1 << 64) if unsigned >> 63 else unsigned
+
+
+def text_hashes(texts: Sequence[str]) -> npt.NDArray[np.int64]:
+    """`text_hash` of each text."""
+    return np.fromiter(map(text_hash, texts), np.int64, len(texts))
