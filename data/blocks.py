@@ -6,34 +6,33 @@ a plain shard becomes the same table as a block that was written as Arrow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from data.records import BadRecord, Row, text_hashes, values
+from data.hashes import column_hashes
+from data.records import BadRecord, Row, values
 
 # Larger than any record that `values` takes, so that no member can make the JSON decoder take more memory.
 MAX_MEMBER_BYTES = 64 << 20
 
-_STRINGS = pa.list_(pa.string())
-_HASHES = pa.list_(pa.int64())
-_FIELDS = (
+_RECORD_FIELDS = (
     ("query", pa.string()),
     ("passage", pa.string()),
     ("source", pa.string()),
     ("lang", pa.string()),
     ("id", pa.string()),
-    ("negatives", _STRINGS),
+    ("negatives", pa.list_(pa.string())),
     ("instruction", pa.string()),
     ("symmetric", pa.bool_()),
-    ("query_hash", pa.int64()),
-    ("passage_hash", pa.int64()),
-    ("negative_hash", _HASHES),
 )
+_HASH_FIELDS = (("query_hash", pa.int64()), ("passage_hash", pa.int64()), ("negative_hash", pa.list_(pa.int64())))
 TOKEN_COLUMNS = ("query_tokens", "passage_tokens", "negative_tokens")
 
 # The tokens of a record's query, passage and negatives.
@@ -46,7 +45,7 @@ class BadBlock(ValueError):
 
 def schema(token_dtype: str | None = None) -> pa.Schema:
     """The columns of a block; `token_dtype` ("uint16" or "uint32") adds those of the tokens."""
-    fields = list(_FIELDS)
+    fields = [*_RECORD_FIELDS, *_HASH_FIELDS]
     if token_dtype is not None:
         tokens = pa.list_(pa.type_for_alias(token_dtype))
         fields += zip(TOKEN_COLUMNS, (tokens, tokens, pa.list_(tokens)), strict=True)
@@ -58,27 +57,17 @@ _SCHEMAS = (schema(), schema("uint16"), schema("uint32"))
 
 def table(rows: Sequence[Row], source: str, tokens: Sequence[Tokens] = (), token_dtype: str | None = None) -> pa.Table:
     """Rows as a table; those that name no source get `source`. `tokens` go with the rows when `token_dtype` is set."""
-    columns: Sequence[Sequence[Any]] = list(zip(*rows, strict=True)) or [()] * 8
-    queries, passages, sources, langs, ids, negatives, instructions, symmetric = columns
-    hard = list(chain.from_iterable(negatives))
-    arrays = [
-        pa.array(queries, pa.string()),
-        pa.array(passages, pa.string()),
-        _strings([name or source for name in sources]),
-        _strings(langs),
-        pa.array(ids, pa.string()),
-        _lists(negatives, pa.array(hard, pa.string())),
-        _strings(instructions),
-        pa.array(symmetric, pa.bool_()),
-        pa.array(text_hashes(queries)),
-        pa.array(text_hashes(passages)),
-        _lists(negatives, pa.array(text_hashes(hard))),
-    ]
+    columns: Sequence[Sequence[Any]] = list(zip(*rows, strict=True)) or [()] * len(_RECORD_FIELDS)
+    arrays = {name: pa.array(values, kind) for (name, kind), values in zip(_RECORD_FIELDS, columns, strict=True)}
+    arrays["source"] = pc.if_else(pc.equal(arrays["source"], ""), source, arrays["source"])
+    queries, passages, negatives = columns[0], columns[1], columns[5]
+    hard = column_hashes(arrays["negatives"].values, list(chain.from_iterable(negatives)))
+    arrays["query_hash"] = pa.array(column_hashes(arrays["query"], queries))
+    arrays["passage_hash"] = pa.array(column_hashes(arrays["passage"], passages))
+    arrays["negative_hash"] = pa.ListArray.from_arrays(arrays["negatives"].offsets, pa.array(hard))
     if token_dtype is not None:
-        arrays += [_token_lists(side, token_dtype) for side in (_column(tokens, 0), _column(tokens, 1))]
-        lists = _column(tokens, 2)
-        arrays.append(_lists(lists, _token_lists(list(chain.from_iterable(lists)), token_dtype)))
-    return pa.Table.from_arrays(arrays, schema=schema(token_dtype))
+        arrays |= zip(TOKEN_COLUMNS, _token_arrays(tokens, token_dtype), strict=True)
+    return pa.Table.from_arrays(list(arrays.values()), schema=schema(token_dtype))
 
 
 def encode(block: pa.Table) -> bytes:
@@ -106,19 +95,33 @@ def decode(buffer: pa.Buffer) -> pa.Table:
     return block if len(block.columns[0].chunks) == 1 else block.combine_chunks()
 
 
-def row(body: bytes | memoryview) -> Row:
+def row(payload: bytes | memoryview) -> Row:
     """The row of a plain shard's JSON member. Raises BadRecord."""
-    if len(body) > MAX_MEMBER_BYTES:
-        raise BadRecord("text too long", f"the member has {len(body)} bytes")
+    if len(payload) > MAX_MEMBER_BYTES:
+        raise BadRecord("text too long", f"the member has {len(payload)} bytes")
     try:
-        return values(orjson.loads(body))
+        return values(orjson.loads(payload))
     except orjson.JSONDecodeError as error:
-        raise _json_fault(body, error) from None
+        raise _json_fault(payload, error) from None
 
 
-def _json_fault(body: bytes | memoryview, error: orjson.JSONDecodeError) -> BadRecord:
+def good_rows(payloads: Sequence[bytes]) -> list[Row]:
+    """The rows of those JSON members that `row` takes."""
     try:
-        str(body, "utf-8")
+        if max(map(len, payloads), default=0) <= MAX_MEMBER_BYTES:
+            return list(map(values, map(orjson.loads, payloads)))
+    except ValueError:  # a BadRecord or a JSONDecodeError: there is a bad one among them
+        pass
+    rows = []
+    for payload in payloads:
+        with suppress(BadRecord):
+            rows.append(row(payload))
+    return rows
+
+
+def _json_fault(payload: bytes | memoryview, error: orjson.JSONDecodeError) -> BadRecord:
+    try:
+        str(payload, "utf-8")
     except UnicodeDecodeError as fault:
         return BadRecord("invalid UTF-8", f"at byte {fault.start} of the member")
     return BadRecord("invalid JSON", str(error))
@@ -133,26 +136,17 @@ def _nulls(column: pa.ChunkedArray) -> bool:
     return True
 
 
-def _column(rows: Sequence[Sequence[Any]], number: int) -> list[Any]:
-    return [values[number] for values in rows]
+def _token_arrays(tokens: Sequence[Tokens], token_dtype: str) -> list[pa.Array]:
+    queries, passages, negatives = zip(*tokens, strict=True) if tokens else ((), (), ())
+    hard = _token_lists(list(chain.from_iterable(negatives)), token_dtype)
+    arrays = [_token_lists(queries, token_dtype), _token_lists(passages, token_dtype)]
+    return [*arrays, pa.ListArray.from_arrays(_offsets(negatives), hard)]
 
 
-def _offsets(lists: Iterable[Sequence[Any]]) -> pa.Array:
+def _offsets(lists: Sequence[Sequence[Any]]) -> pa.Array:
     return pa.array(accumulate(map(len, lists), initial=0), pa.int32())
-
-
-def _lists(lists: Sequence[Sequence[Any]], flat: pa.Array) -> pa.ListArray:
-    """Lists from their lengths and their values one behind the other."""
-    return pa.ListArray.from_arrays(_offsets(lists), flat)
 
 
 def _token_lists(lists: Sequence[Sequence[int]], token_dtype: str) -> pa.ListArray:
     flat = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in lists]) if lists else np.empty(0, np.int64)
-    return _lists(lists, pa.array(flat).cast(pa.type_for_alias(token_dtype)))
-
-
-def _strings(texts: Sequence[str]) -> pa.Array:
-    """A column of texts; labels are often all the same."""
-    if texts and texts.count(texts[0]) == len(texts):
-        return pa.repeat(pa.scalar(texts[0], pa.string()), len(texts))
-    return pa.array(texts, pa.string())
+    return pa.ListArray.from_arrays(_offsets(lists), pa.array(flat).cast(pa.type_for_alias(token_dtype)))

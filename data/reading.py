@@ -191,24 +191,13 @@ def _read_plain(index: Index, shard: int, span: BlockInfo) -> Block:
         _check_damage(start, size, span, path)
         return _recover(path, source, span, data)
     where = f"{path}, offset {span.offset}"
-    rows = _rows(data, where)
-    _check_records(len(rows), span, where)
-    return Block(blocks.table(rows, source), span.records, len(rows))
-
-
-def _rows(data: bytes, where: str) -> list[Row]:
-    """The good rows of an undamaged span; bad ones among them were counted and reported when it was indexed."""
-    rows = []
     try:
         payloads = tar.payloads(data)
     except (ValueError, IndexError) as error:
         raise Problem("unreadable block", f"{where}: {error}") from None
-    for payload in payloads:
-        try:
-            rows.append(blocks.row(payload))
-        except BadRecord:
-            continue
-    return rows
+    rows = blocks.good_rows(payloads)  # bad ones among them were counted and reported when it was indexed
+    _check_records(len(rows), span, where)
+    return Block(blocks.table(rows, source), span.records, len(rows))
 
 
 def _recover(path: str, source: str, span: BlockInfo, data: bytes) -> Block:
