@@ -215,10 +215,12 @@ def load_backbone(path: str, **changes: Any) -> PreTrainedModel:
     Raises:
         UserError: there is no such model, or it has no safetensors weights.
     """
+    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **changes}
     try:
-        return AutoModel.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **changes
-        )
+        try:
+            return AutoModel.from_pretrained(path, add_pooling_layer=False, **options)
+        except TypeError:  # a family that has no pooler to leave out
+            return AutoModel.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.path={path}: cannot be opened: {reason}; give a model folder or a hub id") from None

@@ -7,7 +7,6 @@ forward, so a step over many chunks adds up fp32 gradients and no loss scaling i
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
 import os
@@ -46,13 +45,9 @@ class Engine:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         self.count = sum(math.prod(shape) for shape in self.shapes.values())
         self.config = deepspeed_config(settings, stage=stage, local_batch=local_batch, parameters=self.count)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints of the op that it has built
-            self._deepspeed, *_ = deepspeed.initialize(
-                model=module.to(device),
-                optimizer=_adamw(module, settings),
-                config=self.config,
-                dist_init_required=False,
-            )
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=module.to(device), optimizer=_adamw(module, settings), config=self.config, dist_init_required=False
+        )
         self.parameters = dict(module.named_parameters())
         self.grad_norm = math.nan
 
@@ -212,11 +207,16 @@ def _adamw(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
 
 
 def _import_deepspeed() -> Any:
-    """Import DeepSpeed quietly: it configures logging and warns about its own use of renamed collectives."""
+    """Import DeepSpeed quietly, and without the one op that it would compile on a CPU.
+
+    That op shares memory between the ranks of one host. Its build needs a compiler, fails on a path with a blank and
+    hangs on a stale lock, and its buffers outlive the job; gloo does the same sums.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

@@ -45,14 +45,14 @@ def fit(config: Config) -> None:
     with ExitStack() as stack:
         stack.callback(distributed.stop)
         stop = stack.enter_context(StopRequest(config.run_dir, rank=distributed.rank()))
-        distributed.on_first_rank(lambda: _take_lease(config, stack))
+        lease = runfolder.Lease(config.run_dir)
+        distributed.on_first_rank(lambda: _take_lease(lease, config, stack))
         ending = stack.enter_context(_Ending(config))
         saved = _newest(config)
         parts = build(config, device, saved)
-        run = _open(config, parts, saved)
-        stack.callback(lambda: run.monitor.finish(ending.code))
-        ending.run = run
+        ending.run = run = _open(config, parts, saved, lease)
         run.train(stop)
+        distributed.on_first_rank(lambda: _export(config))
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Run:
     monitor: Monitor
     meter: Meter
     identity: runfolder.Run
+    lease: runfolder.Lease  # held by rank 0
     step: int = 0
     updates: int = 0
     bad_records: int = 0
@@ -169,6 +170,8 @@ class Run:
         """Write a checkpoint. One that fails is reported and the run goes on, unless it `must` be."""
         if self.skipped_in_a_row and not must:
             return  # a state that has begun to diverge is not published
+        if not distributed.all_ok(not self.lease.lost):
+            raise UserError(f"run_dir={self.config.run_dir}: another job has taken over this folder; stop one of them")
         begin, parts = time.monotonic(), self.parts
         write = partial(snapshot.write, engine=parts.engine, tokenizer=parts.tokenizer, settings=parts.settings)
         try:
@@ -199,13 +202,20 @@ class Run:
             "order": self.parts.order.state(),
             "config_hash": hashlib.sha256(self.config.config_yaml.encode()).hexdigest(),
             "run_id": self.identity.id,
-            "versions": runfolder.environment()["versions"],
+            "versions": runfolder.versions(),
         }
 
 
-def _take_lease(config: Config, stack: ExitStack) -> None:
+def _take_lease(lease: runfolder.Lease, config: Config, stack: ExitStack) -> None:
     runfolder.make_folder(config.run_dir)
-    stack.enter_context(runfolder.Lease(config.run_dir))
+    stack.enter_context(lease)
+
+
+def _export(config: Config) -> None:
+    """Leave the finished model in run_dir/model, as users open it."""
+    from trainer import export
+
+    export.run(export.Config(run_dir=config.run_dir, overwrite=True))
 
 
 def _newest(config: Config) -> Checkpoint | None:
@@ -224,7 +234,7 @@ def _newest(config: Config) -> Checkpoint | None:
     return checkpoint.load(folder) if folder else None
 
 
-def _open(config: Config, parts: Parts, saved: Checkpoint | None) -> Run:
+def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfolder.Lease) -> Run:
     """Write down what the run is made of, start its monitor, and restore its counters."""
     devices = [torch.cuda.get_device_name(parts.engine.device)] if parts.engine.device.type == "cuda" else []
 
@@ -255,7 +265,8 @@ def _open(config: Config, parts: Parts, saved: Checkpoint | None) -> Run:
         first_step=step,
         rank=distributed.rank(),
     )
-    run = Run(config, parts, monitor, Meter(parts.engine.device, parts.flops_per_token), identity, step)
+    meter = Meter(parts.engine.device, parts.flops_per_token)
+    run = Run(config, parts, monitor, meter, identity, lease, step)
     if saved:
         run.updates, run.bad_records = saved.manifest["updates"], saved.manifest["bad_records"]
         run.skipped = saved.manifest["skipped"]
@@ -277,5 +288,10 @@ class _Ending:
             self.code, reason = error.exit_code, str(error) or "another rank ended the run"
         else:
             self.code, reason = (1, f"crashed: {kind.__name__}") if error else (0, "done")
+        if self.run:
+            self.run.monitor.finish(self.code)
         if distributed.rank() == 0:
             runfolder.finish(self._config.run_dir, self.code, reason, self.run.step if self.run else 0)
+        if error is None or isinstance(error, Stopped):
+            # All ranks are here. A launcher ends the others when one leaves, so rank 0 finishes its writing first.
+            distributed.barrier()

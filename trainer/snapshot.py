@@ -29,12 +29,14 @@ _PREFIX = "backbone."
 def write(folder: Path, engine: Engine, tokenizer: Any, settings: ModelSettings) -> list[Path]:
     """Write this rank's part of a checkpoint below `folder`, a collective; return the files written."""
     owners = _owners(engine.shapes)
-    weights = _owned(owners, {name.removeprefix(_PREFIX): (name, engine.weight, ()) for name in engine.shapes})
+    weights = {name.removeprefix(_PREFIX): (name, engine.weight, ()) for name in engine.shapes}
     state = {f"{key}/{name}": (name, engine.moment, (key,)) for name in engine.trained() for key in MOMENTS}
+    # Reads are collectives, and writes may fail on one rank: all reads come first, so that nobody waits for it.
+    own_weights, own_state = _owned(owners, weights), _owned(owners, state)
     rank = distributed.rank()
     files = [
-        _save(folder / "model" / _weights_file(rank), weights),
-        _save(folder / "optimizer" / f"moments-{rank:05d}.safetensors", _owned(owners, state)),
+        _save(folder / "model" / _weights_file(rank), own_weights),
+        _save(folder / "optimizer" / f"moments-{rank:05d}.safetensors", own_state),
     ]
     if rank == 0:
         _describe(folder / "model", engine, tokenizer, settings, owners)
