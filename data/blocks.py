@@ -6,6 +6,7 @@ a plain shard becomes the same table as a block that was written as Arrow.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate, chain
@@ -39,7 +40,7 @@ TOKEN_COLUMNS = ("query_tokens", "passage_tokens", "negative_tokens")
 Tokens = tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]
 
 
-class BadBlock(ValueError):
+class BadBlock(Exception):
     """An Arrow member that holds no block of ours; the text says why."""
 
 
@@ -84,15 +85,41 @@ def decode(buffer: pa.Buffer) -> pa.Table:
     Its columns are those of `schema()`, or all three of TOKEN_COLUMNS beside them.
     """
     try:
-        block = pa.ipc.open_stream(buffer).read_all()
+        _refuse_compression(buffer)
+        reader = pa.ipc.open_stream(buffer)
+        if not any(reader.schema.equals(known) for known in _SCHEMAS):
+            raise BadBlock(f"the columns are {', '.join(f'{f.name} {f.type}' for f in reader.schema)}")
+        block = reader.read_all()
         block.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
         raise BadBlock(f"not a sound Arrow stream ({error})") from None
-    if not any(block.schema.equals(known) for known in _SCHEMAS):
-        raise BadBlock(f"the columns are {', '.join(f'{f.name} {f.type}' for f in block.schema)}")
     if any(_nulls(column) for column in block.columns):
         raise BadBlock("null values")
     return block if len(block.columns[0].chunks) == 1 else block.combine_chunks()
+
+
+def _refuse_compression(buffer: pa.Buffer) -> None:
+    """Raise BadBlock for a stream with compressed buffers, which a few bytes could let grow to gigabytes.
+
+    Arrow decompresses while it reads, and cannot be told not to. So the field is looked up before, in the FlatBuffers
+    tables of the format: Message.header is field 2, RecordBatch.compression is field 3.
+    """
+    for message in pa.ipc.MessageReader.open_stream(buffer):
+        if message.type != "schema":
+            head = memoryview(message.metadata)
+            batch = _field(head, struct.unpack_from("<I", head)[0], 2)
+            if not batch or _field(head, batch, 3):
+                raise BadBlock("compressed, or no record batch: blocks are plain Arrow record batches")
+
+
+def _field(tables: memoryview, table: int, number: int) -> int:
+    """Where the table is that a field of a FlatBuffers table refers to; 0 when the field is not set."""
+    entries = table - struct.unpack_from("<i", tables, table)[0]
+    slot = 4 + 2 * number
+    if slot >= struct.unpack_from("<H", tables, entries)[0]:
+        return 0
+    offset = struct.unpack_from("<H", tables, entries + slot)[0]
+    return table + offset + struct.unpack_from("<I", tables, table + offset)[0] if offset else 0
 
 
 def row(payload: bytes | memoryview) -> Row:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import blocks
+from data.blocks import Tokens
 from data.hashes import column_hashes
 from data.records import BadRecord, Row, text_hash
 
@@ -42,12 +42,39 @@ def test_json_nested_without_end_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [None, "uint16", "uint32"])
 def test_a_block_is_read_back_as_it_was_encoded(dtype: str | None) -> None:
     rows: list[Row] = [("a", "b", "", "de", "1", ("c", "d"), "", True), ("e", "f", "s", "", "", (), "i", False)]
-    tokens = [([1, 2], np.array([3]), [[4], []]), ([], [5], [])]
+    tokens: list[Tokens] = [([1, 2], [3], [[4], []]), ([], [5], [])]
     table = blocks.table(rows, "src", tokens if dtype else (), dtype)
     assert blocks.decode(pa.py_buffer(blocks.encode(table))).equals(table)
     assert table["source"].to_pylist() == ["src", "s"]
     if dtype:
         assert table["negative_tokens"].to_pylist() == [[[4], []], []]
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+def test_a_compressed_block_is_refused_before_it_grows(codec: str) -> None:
+    row: Row = ("\0" * 1_000_000, "b", "", "", "", (), "", False)
+    table, sink = blocks.table([row] * 50, "src"), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+        writer.write_table(table)
+    small = sink.getvalue()
+    assert small.size < table.nbytes / 50
+    before = pa.total_allocated_bytes()
+    with pytest.raises(blocks.BadBlock, match="compressed"):
+        blocks.decode(small)
+    assert pa.total_allocated_bytes() - before < 1_000_000
+
+
+@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
+@settings(max_examples=500, deadline=None)
+def test_a_changed_byte_in_an_arrow_stream_is_refused_or_harmless(place: float, value: int) -> None:
+    row: Row = ("query", "passage", "", "de", "", ("c", "d"), "", False)
+    content = bytearray(blocks.encode(blocks.table([row] * 3, "src", [([1], [2], [[3], []])] * 3, "uint16")))
+    content[int(place * len(content))] = value
+    try:
+        table = blocks.decode(pa.py_buffer(bytes(content)))
+    except blocks.BadBlock:
+        return
+    assert len(table.to_pylist()) == table.num_rows
 
 
 def test_a_table_of_no_rows_has_the_same_columns() -> None:
