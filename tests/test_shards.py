@@ -500,6 +500,7 @@ class Flaky(http.server.SimpleHTTPRequestHandler):
     """Fails in another way at every first requests for a file, as its name's faults say."""
 
     faults: dict[str, list[str]] = {}  # noqa: RUF012 - replaced by each test
+    over = threading.Event()
 
     def do_GET(self) -> None:
         waiting = self.faults.get(Path(self.path).name, [])
@@ -511,6 +512,12 @@ class Flaky(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", "100000")
             self.end_headers()
             self.wfile.write(b"x" * 1000)
+        elif fault == "stall":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"x" * 1000)
+            self.over.wait(60)
         elif fault == "hang up":
             self.connection.close()
         else:
@@ -531,15 +538,26 @@ def server(tmp_path: Path) -> Iterator[str]:
         thread = threading.Thread(target=web.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{web.server_port}"
+        Flaky.over.set()
         web.shutdown()
         thread.join()
     Flaky.faults = {}
+    Flaky.over.clear()
 
 
 def test_a_flaky_server_changes_nothing_but_time(tmp_path: Path, server: str) -> None:
     Flaky.faults = {"index.json": ["503"], "pairs-000000.tar": ["500", "short", "hang up", "429"]}
     assert texts(load_index(server)) == texts(load_index(tmp_path / "web"))
     assert not any(Flaky.faults.values())
+
+
+def test_a_stalled_transfer_is_given_up_and_repeated(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "TIMEOUT_SECONDS", 0.3)
+    Flaky.faults = {"pairs-000000.tar": ["stall"]}
+    assert texts(load_index(server)) == texts(load_index(tmp_path / "web"))
+    assert not Flaky.faults["pairs-000000.tar"]
 
 
 def test_a_server_that_stays_down_ends_with_one_message(server: str) -> None:
