@@ -55,7 +55,7 @@ class Config:
     train_tokenizer: bool = key(
         False, help="train a tokenizer on the training pairs and use it; goes to output/tokenizer"
     )
-    vocab_size: int = key(32_000, help="pieces of the trained tokenizer", low=300)
+    vocab_size: int = key(32_000, help="pieces of the trained tokenizer", low=400)
     tokenizer_sample: int = key(100_000, help="texts to train the tokenizer on, balanced over languages", low=1)
     max_tokens: int = key(512, help="tokens stored of a text at most; 0: all", low=0)
     holdout_fraction: float = key(
@@ -64,7 +64,7 @@ class Config:
     holdout_max: int = key(1000, help="records of a source and language held out at most; 0: no bound", low=0)
     limit: int = key(0, help="records kept of each source, a random sample; 0: all", low=0)
     max_bad_fraction: float = key(0.5, help="stop when more of the input's records than this are bad", low=0, high=1)
-    shard_mib: int = key(256, help="size of a shard, in MiB", low=1, high=4096)
+    shard_mib: int = key(64, help="size of a shard, in MiB", low=1, high=4096)
     seed: int = key(0, help="of the shuffle, the sample and the held-out split", low=0)
     workers: int = key(0, help="processes; 0: one for each core", low=0)
     overwrite: bool = key(False, help="replace an output that an earlier pack wrote")

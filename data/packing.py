@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data import holdout
-from data.blocks import Tokens
 from data.index import ShardInfo
 from data.records import NAMES, Record
 from data.shards import BLOCK_RECORDS, ShardWriter
 from data.spill import Run
-from data.tokens import Ragged, TextEncoder, load_tokenizer
+from data.tokens import TextEncoder, load_tokenizer
 
 TRAIN, DUPLICATE, OVER_LIMIT, HELD_OUT = range(4)
 _NO_LIMIT = 1 << 60
+_KNOWN_TEXTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -180,10 +179,10 @@ class Written:
 def shard_jobs(plan: Plan, shape: Shape, shard_bytes: int) -> list[ShardJob]:
     """One job for each shard: sources are cut into shards of equal size, at most about `shard_bytes` each."""
     training = plan.order[plan.verdict[plan.order] == TRAIN]
+    bounds = np.searchsorted(plan.source[training], np.arange(len(plan.sources) + 1))
     jobs = []
     for code, name in enumerate(plan.sources):
-        first, last = np.searchsorted(plan.source[training], (code, code + 1))
-        rows = training[first:last]
+        rows = training[bounds[code] : bounds[code + 1]]
         # Tokens take about half as much as their text.
         starts = _cuts(plan.key[rows], plan.bytes[rows] * (1.5 if shape.tokenizer else 1.0), shard_bytes)
         spans = zip([0, *starts], [*starts, None], strict=True) if len(rows) else ()
@@ -202,54 +201,55 @@ def _cuts(keys: NDArray[np.uint64], sizes: NDArray[np.float64], shard_bytes: int
 
 def write_shard(job: ShardJob) -> Written:
     """Gather the records of one shard, tokenise them and write the file."""
+    shape = job.shape
     table = records(job.runs, job.source, TRAIN, job.low, job.high)
-    encoder = _encoder(job.shape.tokenizer) if job.shape.tokenizer else None
-    folder = job.shape.folder / f".{job.source}-{job.number:06d}"
-    query_tokens = passage_tokens = 0
-    with ShardWriter(
-        folder,
-        job.source,
-        kind=job.shape.kind,
-        shard_bytes=_NO_LIMIT,
-        token_dtype=_token_dtype(encoder) if encoder else None,
-    ) as writer:
+    tokeniser = _tokeniser(shape.tokenizer, shape.max_tokens) if shape.tokenizer else None
+    dtype = tokeniser.dtype if tokeniser else None
+    folder = shape.folder / f".{job.source}-{job.number:06d}"
+    num_tokens = np.zeros(2, np.int64)
+    with ShardWriter(folder, job.source, kind=shape.kind, shard_bytes=_NO_LIMIT, token_dtype=dtype) as writer:
         for start in range(0, table.num_rows, BLOCK_RECORDS):
             block = list(as_records(table.slice(start, BLOCK_RECORDS)))
-            for record, tokens in zip(block, _tokens(encoder, block, job.shape.max_tokens), strict=True):
-                writer.write(record, tokens)
-                query_tokens += len(tokens[0]) if tokens else 0
-                passage_tokens += len(tokens[1]) if tokens else 0
+            if tokeniser is None:
+                for record in block:
+                    writer.write(record)
+            else:
+                for record, tokens in zip(block, tokeniser(block), strict=True):
+                    writer.write(record, tokens)
+                    num_tokens += len(tokens[0]), len(tokens[1])
     shard = _moved(writer.close()[0], folder, job)
-    return Written(shard, _num_words(table["query"]), _num_words(table["passage"]), query_tokens, passage_tokens)
+    return Written(shard, _num_words(table["query"]), _num_words(table["passage"]), *map(int, num_tokens))
+
+
+class _Tokeniser:
+    """The tokens of records, each text cut to `max_tokens` (0: whole).
+
+    Texts come again, as the one original of many translations does, so the tokens of the last ones are kept.
+    """
+
+    def __init__(self, tokenizer: str, max_tokens: int) -> None:
+        self._encoder = TextEncoder(load_tokenizer(tokenizer), _NO_LIMIT)
+        self._max_tokens = max_tokens or None
+        self._known: dict[str, NDArray[np.int32]] = {}
+        self.dtype = "uint16" if self._encoder.num_ids <= 1 << 16 else "uint32"
+
+    def __call__(self, block: Sequence[Record]) -> list[tuple[Any, Any, list[Any]]]:
+        self._learn([text for record in block for text in (record.query, record.passage, *record.negatives)])
+        known = self._known
+        return [(known[r.query], known[r.passage], [known[text] for text in r.negatives]) for r in block]
+
+    def _learn(self, texts: Sequence[str]) -> None:
+        if len(self._known) > _KNOWN_TEXTS:
+            self._known.clear()
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._known]
+        body = self._encoder.body(fresh)
+        rows = np.split(body.ids, body.offsets[1:-1])
+        self._known.update(zip(fresh, (row[: self._max_tokens] for row in rows), strict=False))
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer: str) -> TextEncoder:
-    return TextEncoder(load_tokenizer(tokenizer), _NO_LIMIT)
-
-
-def _token_dtype(encoder: TextEncoder) -> str:
-    return "uint16" if encoder.num_ids <= 1 << 16 else "uint32"
-
-
-def _tokens(encoder: TextEncoder | None, block: Sequence[Record], max_tokens: int) -> Sequence[Tokens | None]:
-    """The tokens of every record, each text cut to `max_tokens` (0: whole); None without an encoder."""
-    if encoder is None:
-        return [None] * len(block)
-    sides = [record.query for record in block], [record.passage for record in block]
-    negatives = [text for record in block for text in record.negatives]
-    body = encoder.body([*sides[0], *sides[1], *negatives])
-    rows = iter(_rows(body, max_tokens))
-    queries, passages = list(islice(rows, len(block))), list(islice(rows, len(block)))
-    counts = (len(record.negatives) for record in block)
-    lists = [list(islice(rows, count)) for count in counts]
-    return list(zip(queries, passages, lists, strict=True))
-
-
-def _rows(body: Ragged, max_tokens: int) -> list[Any]:
-    """The rows as views, cut."""
-    rows = np.split(body.ids, body.offsets[1:-1]) if len(body) else []
-    return [row[:max_tokens] for row in rows] if max_tokens else rows
+def _tokeniser(tokenizer: str, max_tokens: int) -> _Tokeniser:
+    return _Tokeniser(tokenizer, max_tokens)
 
 
 def _moved(shard: ShardInfo, folder: Path, job: ShardJob) -> ShardInfo:

@@ -23,7 +23,7 @@ from data.holdout import mix
 from data.inputs import safe_source, source_of
 from data.layouts import Columns, Layouts
 from data.readers import Fault, Part
-from data.records import BadRecord, Record, normalise, parse, text_hash
+from data.records import BadRecord, Record, normalise, parse, text_hashes
 
 RUN_CHARS = 64 << 20
 RUN_RECORDS = 1 << 18
@@ -193,8 +193,8 @@ def pair_keys(query_hash: NDArray[np.int64], passage_hash: NDArray[np.int64], se
 
 def _write_run(path: str, records: Sequence[Record], numbers: Sequence[int], seed: int) -> Run:
     """Sort records by source and key and write them. `numbers` are their rows in the part."""
-    query_hash = np.fromiter((text_hash(record.query) for record in records), np.int64, len(records))
-    passage_hash = np.fromiter((text_hash(record.passage) for record in records), np.int64, len(records))
+    query_hash = text_hashes([record.query for record in records])
+    passage_hash = text_hashes([record.passage for record in records])
     keys = pair_keys(query_hash, passage_hash, seed)
     strata = sorted({(record.source, record.lang) for record in records})
     codes = {stratum: code for code, stratum in enumerate(strata)}

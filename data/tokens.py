@@ -7,6 +7,7 @@ set on a tokenizer elsewhere (or saved in its tokenizer.json) change nothing her
 
 from __future__ import annotations
 
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,8 @@ from data.errors import UserError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # XLM-R's layout: these four first, <mask> last
 MASK = "<mask>"
+_ASCII = string.ascii_letters + string.digits + string.punctuation
+_BLANK = "\u2581"  # what Metaspace writes for a blank
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -202,21 +205,22 @@ def train_tokenizer(
         texts: a sample; training time grows with its distinct words (about a minute for 100,000 short texts).
         vocab_size: pieces in all, special and byte pieces included.
         folder: written to; made when missing.
-        character_coverage: the share of all characters that get a piece of their own; the rarest ones are left to
-            byte pieces, so that a few strange symbols do not use up a small vocabulary.
+        character_coverage: the share of all characters that get a piece of their own, beside printable ASCII; the
+            rarest ones are left to byte pieces, so that a few strange symbols do not use up a small vocabulary.
 
     Raises:
         UserError: no text, or vocab_size is too small for the characters of the sample.
     """
     texts = list(texts)
     fixed = len(SPECIALS) + len(BYTES) + 1
-    alphabet = _frequent_characters(texts, character_coverage)
-    if not alphabet:
+    frequent = _frequent_characters(texts, character_coverage)
+    if not frequent:
         raise UserError("train_tokenizer: there is no text to train on")
-    if vocab_size < fixed + 2 * len(alphabet):
+    alphabet = frequent.union(_ASCII, _BLANK)
+    if vocab_size < fixed + len(alphabet):
         raise UserError(
             f"vocab_size={vocab_size}: too small; {fixed} special and byte pieces and {len(alphabet)} characters "
-            f"need at least {fixed + 2 * len(alphabet)}"
+            f"need at least {fixed + len(alphabet)}, and good pieces need many more"
         )
     pieces = _unigram_pieces(_without_rare(texts, alphabet), vocab_size - fixed)
     _save_tokenizer(_unigram_tokenizer(pieces), Path(folder))
@@ -251,7 +255,11 @@ def _unigram_pieces(texts: Sequence[str], size: int) -> list[tuple[str, float]]:
     """
     tokenizer = _unigram_tokenizer([])
     trainer = trainers.UnigramTrainer(
-        vocab_size=size + size // 20 + 1, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+        vocab_size=size + size // 20 + 1,
+        special_tokens=["<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=list(_ASCII),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     trained = {piece: round(score, 6) for piece, score in orjson.loads(tokenizer.to_str())["model"]["vocab"]}
@@ -286,7 +294,7 @@ def _unigram_tokenizer(pieces: Sequence[tuple[str, float]]) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
