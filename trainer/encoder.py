@@ -217,13 +217,26 @@ def load_backbone(path: str, **changes: Any) -> PreTrainedModel:
     """
     options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **changes}
     try:
-        try:
-            return AutoModel.from_pretrained(path, add_pooling_layer=False, **options)
-        except TypeError:  # a family that has no pooler to leave out
-            return AutoModel.from_pretrained(path, **options)
+        backbone, report = _load_quietly(path, options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.path={path}: cannot be opened: {reason}; give a model folder or a hub id") from None
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise UserError(f"model.path={path}: the weights lack {', '.join(missing[:3])}; it is not this architecture's")
+    return backbone
+
+
+def _load_quietly(path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The backbone, without the pooler that embeddings do not use, and transformers' report on the weights."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it prints a table of every weight that a pretraining head left over
+    try:
+        return AutoModel.from_pretrained(path, output_loading_info=True, add_pooling_layer=False, **options)
+    except TypeError:  # a family that has no pooler to leave out
+        return AutoModel.from_pretrained(path, output_loading_info=True, **options)
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model:
