@@ -1,0 +1,229 @@
+"""The loss stage: embeddings in, loss and the gradient of every embedding out.
+
+Ours beside the loss stage of sentence-transformers' cached loss (`calculate_loss(with_backward=True)`), at its default
+and at the best of its chunk sizes and similarity functions, and beside plain autograd over the full matrix. All are
+first compared with float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import Memory, Timing, alternate, extra_memory, gate, in_child, ratio, table, target
+from trainer import losses
+
+TEMPERATURE, SEED = 0.01, 11
+
+
+@dataclass(frozen=True)
+class Case:
+    """Local queries, candidates, size of an embedding, and what is searched: rows of the peer's chunks, our block."""
+
+    queries: int = 4096
+    candidates: int = 4096
+    size: int = 384
+    chunks: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    block_bytes: tuple[int, ...] = tuple(1 << power for power in range(19, 27))
+    repeats: int = 7
+
+
+SQUARE = Case()
+POOL = Case(queries=2048, candidates=32_768, chunks=(32, 64, 128, 256, 512, 1024, 2048), repeats=5)
+QUICK = Case(queries=96, candidates=192, size=32, chunks=(32, 96), block_bytes=(1 << 14,), repeats=1)
+
+Run = Callable[[], tuple[Tensor, Tensor, Tensor]]  # loss, gradient of the queries, gradient of the candidates
+
+
+def measure(quick: bool = False) -> dict[str, Any]:
+    """Every case: the gate, the search, the alternation, and the memory in child processes."""
+    cases = {"small": QUICK} if quick else {"batch of 4,096": SQUARE, "2,048 queries, pool of 32,768": POOL}
+    results = {name: _compare(case) for name, case in cases.items()}
+    (first, compared), *_ = results.items()
+    tables = [
+        table(f"{kind}, {name}, {cases[name].size} numbers an embedding, fp32", found[kind])
+        for name, found in results.items()
+        for kind in ("search", "loss")
+    ]
+    return {
+        "settings": {name: vars(case) for name, case in cases.items()} | {"seed": SEED, "temperature": TEMPERATURE},
+        "correctness": {name: found["correctness"] for name, found in results.items()},
+        "tables": tables,
+        "targets": [
+            target(f"loss stage over the peer's best chunk, {first}", 2.0, compared["over best"]),
+            target(f"extra memory over naive autograd's, {first}", 1 / 8, compared["memory"], at_most=True),
+        ],
+    }
+
+
+# --- what is compared --------------------------------------------------------------------------------------------
+
+
+def embeddings(case: Case) -> tuple[Tensor, Tensor]:
+    """Unit vectors; the first candidates lie near their queries, so that logits span what they do in training."""
+    generator = torch.Generator().manual_seed(SEED)
+    query = F.normalize(torch.randn(case.queries, case.size, generator=generator), dim=1)
+    passage = torch.randn(case.candidates, case.size, generator=generator)
+    passage[: case.queries].mul_(0.3).add_(query * case.size**0.5 / 6)
+    return query.requires_grad_(), F.normalize(passage, dim=1).requires_grad_()
+
+
+def identity(case: Case) -> losses.Identity:
+    """All texts are different, as the peer assumes."""
+    queries = torch.arange(case.queries)
+    owner = torch.full((case.candidates,), losses.NO_OWNER)
+    owner[: case.queries] = queries
+    return losses.Identity(queries, queries, torch.arange(case.candidates) + case.queries, owner)
+
+
+def ours(case: Case, query: Tensor, passage: Tensor, block_bytes: int = 0) -> Run:
+    """trainer.losses.info_nce; block_bytes 0: as large as it chooses."""
+    texts, rows = identity(case), block_bytes // (4 * case.candidates)
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        loss, _ = losses.info_nce(query, passage, texts, temperature=TEMPERATURE, block_rows=rows)
+        return _with_gradients(loss, query, passage)
+
+    return run
+
+
+def peer(case: Case, query: Tensor, passage: Tensor, chunk: int, similarity: str) -> Run:
+    """The loss stage as its cached loss runs it: a backward for every chunk, into the embeddings' .grad.
+
+    Candidates beyond the positives are handed over as columns of hard negatives, which is the same pool.
+    """
+    from sentence_transformers import util
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+    encoder: Any = nn.Sequential(nn.Identity())  # this stage calls no model
+    function = getattr(util, similarity)
+    stage = CachedMultipleNegativesRankingLoss(
+        encoder, scale=1 / TEMPERATURE, mini_batch_size=chunk, similarity_fct=function
+    )
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        query.grad = passage.grad = None
+        columns = [[column] for column in passage.split(case.queries)]
+        loss = stage.calculate_loss([[query], *columns], with_backward=True)
+        return loss, *(tensor.grad for tensor in (query, passage))  # type: ignore[return-value]
+
+    return run
+
+
+def naive(case: Case, query: Tensor, passage: Tensor) -> Run:
+    """Plain autograd over the full matrix of logits."""
+    labels = torch.arange(case.queries)
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        loss = F.cross_entropy(query @ passage.T / TEMPERATURE, labels)
+        return _with_gradients(loss, query, passage)
+
+    return run
+
+
+def reference(case: Case, normalised: bool) -> tuple[float, Tensor]:
+    """Loss and both gradients in float64; the peer's cos_sim normalises again, so its gradients are projected."""
+    query, passage = (tensor.detach().double().requires_grad_() for tensor in embeddings(case))
+    q, p = (F.normalize(query, dim=1), F.normalize(passage, dim=1)) if normalised else (query, passage)
+    loss = F.cross_entropy(q @ p.T / TEMPERATURE, torch.arange(case.queries))
+    return _flat(loss, *torch.autograd.grad(loss, (query, passage)))
+
+
+def _with_gradients(loss: Tensor, query: Tensor, passage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    of_query, of_passage = torch.autograd.grad(loss, (query, passage))
+    return loss, of_query, of_passage
+
+
+def _flat(loss: Tensor, query: Tensor, passage: Tensor) -> tuple[float, Tensor]:
+    return float(loss.detach()), torch.cat([query.flatten(), passage.flatten()])
+
+
+# --- the comparison ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A maker above, and what it is called with beside the case and the embeddings."""
+
+    name: str
+    make: Callable[..., Run]
+    settings: tuple[Any, ...] = ()
+
+    def __call__(self, case: Case) -> Run:
+        return self.make(case, *embeddings(case), *self.settings)
+
+
+OURS = Variant("ours", ours)
+DEFAULT = Variant("peer, chunks of 32, cos_sim, its default", peer, (32, "cos_sim"))
+NAIVE = Variant("naive, full matrix", naive)
+
+
+def _compare(case: Case) -> dict[str, Any]:
+    """Gate, search, alternation and memory of one case."""
+    blocks = [Variant(f"ours, blocks of {size / 2**20:g} MiB", ours, (size,)) for size in case.block_bytes]
+    chunks = [
+        Variant(f"peer, chunks of {chunk}, {function}", peer, (chunk, function))
+        for function in ("cos_sim", "dot_score")
+        for chunk in case.chunks
+    ]
+    correctness = _check([OURS, NAIVE, *blocks, *chunks], case)
+    # A timing of each alone, then the rivals in turns: on a machine with few cores the order matters.
+    seconds = {variant: _seconds(variant(case)) for variant in (*blocks, *chunks)}
+    rivals = sorted(chunks, key=seconds.__getitem__)[:2]
+    finalists = [OURS, NAIVE, DEFAULT, *rivals]
+    timings = alternate({variant.name: variant(case) for variant in finalists}, case.repeats)
+    best = min((variant.name for variant in rivals), key=lambda name: timings[name].median)
+    memory = {variant.name: in_child(_memory, case, variant).extra for variant in (*finalists, *blocks)}
+    return {
+        "correctness": correctness,
+        "search": [
+            {"variant": variant.name, "wall s": found, "extra memory, MB": _megabytes(memory.get(variant.name))}
+            for variant, found in seconds.items()
+        ],
+        "loss": _rows(timings, timings[best], memory),
+        "over best": ratio(timings[best], timings[OURS.name]),
+        "memory": memory[OURS.name] / memory[NAIVE.name],
+    }
+
+
+def _check(variants: list[Variant], case: Case) -> dict[str, Any]:
+    wanted = {normalised: reference(case, normalised) for normalised in (False, True)}
+    return {
+        variant.name: gate(variant.name, _flat(*variant(case)()), wanted["cos_sim" in variant.settings])
+        for variant in variants
+    }
+
+
+def _seconds(run: Run) -> float:
+    (timing,) = alternate({"": run}, repeats=2, warm_ups=0).values()
+    return timing.median
+
+
+def _memory(case: Case, variant: Variant) -> Memory:
+    """What the stage takes beside the embeddings, its own results included."""
+    variant(QUICK)()  # brings in what the libraries allocate once
+    return extra_memory(variant(case))
+
+
+def _megabytes(extra: int | None) -> float | str:
+    return "" if extra is None else extra / 1e6
+
+
+def _rows(timings: dict[str, Timing], best: Timing, memory: dict[str, int]) -> list[dict[str, object]]:
+    default = timings[DEFAULT.name]
+    return [
+        {
+            "variant": name,
+            **timing.cells(),
+            "x its default": ratio(default, timing),
+            "x its best": ratio(best, timing),
+            "extra memory, MB": memory[name] / 1e6,
+            "of naive's": memory[name] / memory[NAIVE.name],
+        }
+        for name, timing in timings.items()
+    ]

@@ -1,0 +1,345 @@
+"""One training step, forward, backward and update, beside sentence-transformers' cached loss.
+
+The same weights (a random XLM-R-like encoder), texts and AdamW; dropout is on, except in the gate that compares loss
+and gradients before anything is timed. The peer runs at its default and at the best setting that a search in the same
+run finds among mini-batch sizes and token budgets; ours keeps its graphs, or replays all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from benchmarks.common import Memory, Timing, alternate, extra_memory, gate, in_child, ratio, table, target
+from data.collate import Batch
+from data.tokens import Ragged
+from trainer import distributed, gradcache, objectives
+from trainer.encoder import Encoder
+from trainer.engine import MOMENTS, Engine, OptimizerSettings
+from trainer.step import Stepper
+
+LR, TEMPERATURE, SEED, PADDING = 1e-4, 0.01, 7, 1
+ADAM = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
+MAX_NORM = 1.0
+KEEP_ALL, KEEP_NONE = math.inf, 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained on, and the settings that are searched.
+
+    lengths: "natural" (lognormal: queries median 12, sigma 0.6, cut at 64; passages 70, 0.9, 512) or "equal" (64).
+    sizes, budgets: the peer's mini_batch_size and mini_batch_num_tokens; chunks: our tokens_per_chunk.
+    """
+
+    lengths: str = "natural"
+    pairs: int = 256
+    vocabulary: int = 32_000
+    layers: int = 4
+    hidden: int = 192
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    budgets: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    chunks: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
+    repeats: int = 5
+
+
+NATURAL = Case()
+EQUAL = Case(lengths="equal", budgets=())  # a budget of tokens is a number of texts there
+# XLM-R's own vocabulary: the gradient of its table, 192 MB a mini-batch, makes small mini-batches dear.
+LARGE = Case(vocabulary=250_002, sizes=(8, 16, 32, 64), budgets=(2048, 4096, 8192), chunks=(2048, 4096, 8192, 16384))
+CASES = {"natural lengths": NATURAL, "equal lengths": EQUAL, "large vocabulary": LARGE}
+QUICK = Case(pairs=16, vocabulary=500, layers=1, hidden=32, sizes=(4, 32), budgets=(512,), chunks=(256,), repeats=1)
+
+Peer = tuple[str, int]  # the keyword of the peer's loss, and its value
+DEFAULT: Peer = ("mini_batch_size", 32)
+
+
+def measure(quick: bool = False) -> dict[str, Any]:
+    """Every case: the gate, the search, the alternation; then peak memory in child processes."""
+    cases = (
+        {"small": QUICK} if quick else {"natural lengths": NATURAL, "equal lengths": EQUAL, "large vocabulary": LARGE}
+    )
+    results = {name: in_child(_compare, case) for name, case in cases.items()}
+    (first, compared), *_ = results.items()
+    memory = _memory_rows(cases[first], compared["settings"])
+    tables = [table(f"step, {name}: {_describe(cases[name])}", found["rows"]) for name, found in results.items()]
+    searches = [table(f"search, {name}: seconds of the wall", found["search"]) for name, found in results.items()]
+    return {
+        "settings": {name: vars(case) for name, case in cases.items()} | {"seed": SEED, "temperature": TEMPERATURE},
+        "correctness": {name: found["correctness"] for name, found in results.items()},
+        "tables": [*searches, *tables, table(f"resident memory of one step, {first}", memory)],
+        "targets": [
+            target("step over the peer's default, natural lengths", 2.8, compared["over default"]),
+            target("step over the peer's best, natural lengths", 2.0, compared["over best"]),
+        ],
+    }
+
+
+# --- what is compared --------------------------------------------------------------------------------------------
+
+
+class Sides:
+    """Ours and the peer, with equal weights in objects of their own, and the texts as each wants them.
+
+    DeepSpeed hooks into the parameters it is given, and the peer should not pay for that.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.batch = texts(case)
+        self.peer_model = _sentence_transformer(case)
+        encoder = Encoder(copy.deepcopy(self.peer_model[0].auto_model))
+        self.plain = copy.deepcopy(encoder)
+        distributed.start(torch.device("cpu"), 60)
+        settings = OptimizerSettings(max_grad_norm=MAX_NORM, **ADAM)  # type: ignore[arg-type]
+        self.engine = Engine(encoder, settings, stage=1, local_batch=case.pairs, device=torch.device("cpu"))
+        self.peer_adam = torch.optim.AdamW(self.peer_model.parameters(), lr=LR, fused=True, **ADAM)  # type: ignore[arg-type]
+        self.plain_adam = torch.optim.AdamW(self.plain.parameters(), lr=LR, fused=True, **ADAM)  # type: ignore[arg-type]
+        self.objective = partial(objectives.contrastive, temperature=TEMPERATURE)
+        self.train(True)
+
+    def train(self, on: bool) -> None:
+        """Dropout on or off, on all sides."""
+        for model in (self.peer_model, self.engine.module, self.plain):
+            model.train(on)
+
+    def ours(self, tokens_per_chunk: int, memory_budget: float, batch: Batch | None = None) -> Callable[..., Any]:
+        """The step that `quintet pretrain` runs."""
+        stepper = Stepper(self.engine, self.objective, SEED, PADDING, tokens_per_chunk, memory_budget)
+        return lambda lr=LR: stepper(batch or self.batch, 0, lr)
+
+    def without_engine(self, tokens_per_chunk: int) -> Callable[[], None]:
+        """Our chunks and loss, all graphs kept, with plain backward and AdamW in place of DeepSpeed."""
+        chunks = gradcache.plan(self.batch.tokens.lengths, tokens_per_chunk)
+
+        def embed(rows: gradcache.Rows) -> Tensor:
+            vectors: Tensor = self.plain(*gradcache.pad(self.batch.tokens, rows, PADDING))
+            return vectors
+
+        def step() -> None:
+            gradcache.forward_backward(
+                embed, chunks, len(chunks), lambda vectors: self.objective(vectors, self.batch), Tensor.backward, seed=1
+            )
+            torch.nn.utils.clip_grad_norm_(self.plain.parameters(), MAX_NORM)
+            self.plain_adam.step()
+            self.plain_adam.zero_grad()
+
+        return step
+
+    def peer(self, setting: Peer, batch: Batch | None = None) -> Callable[..., float]:
+        """The loop that sentence-transformers' trainer runs, without its logging and data loading."""
+        from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+        chosen: dict[str, Any] = dict([setting])
+        loss = CachedMultipleNegativesRankingLoss(self.peer_model, scale=1 / TEMPERATURE, **chosen)
+        columns = _padded_columns(batch or self.batch)
+
+        def step(update: bool = True) -> float:
+            self.peer_adam.zero_grad()
+            value = loss([dict(column) for column in columns], torch.empty(0))
+            value.backward()
+            if update:
+                torch.nn.utils.clip_grad_norm_(self.peer_model.parameters(), MAX_NORM)
+                self.peer_adam.step()
+            return float(value.detach())
+
+        return step
+
+
+def texts(case: Case) -> Batch:
+    """Random token ids of the case's lengths, all different."""
+    generator = np.random.default_rng(SEED)
+
+    def lengths(median: float, sigma: float, longest: int) -> np.ndarray:
+        if case.lengths == "equal":
+            return np.full(case.pairs, 64)
+        return np.clip(np.round(generator.lognormal(math.log(median), sigma, case.pairs)), 3, longest)
+
+    sizes = np.concatenate([lengths(12, 0.6, 64), lengths(70, 0.9, 512)]).astype(np.int32)
+    ids = generator.integers(5, case.vocabulary, int(sizes.sum())).astype(np.int32)
+    numbers = np.arange(case.pairs)
+    return Batch(Ragged(ids, sizes), case.pairs, 0, numbers, numbers + case.pairs, numbers)
+
+
+def _padded_columns(batch: Batch) -> list[dict[str, Tensor]]:
+    """Queries and passages as sentence-transformers' collator hands them over: each column padded to its longest."""
+    columns = []
+    for rows in (np.arange(batch.num_queries), np.arange(batch.num_queries, len(batch.tokens))):
+        ids, mask = gradcache.pad(batch.tokens, rows, PADDING)
+        columns.append({"input_ids": ids, "attention_mask": mask.long()})
+    return columns
+
+
+def _sentence_transformer(case: Case) -> Any:
+    """A random XLM-R-like encoder with mean pooling; the loss normalises. The unused pooler is taken off both sides."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    config = AutoConfig.for_model(
+        "xlm-roberta",
+        vocab_size=case.vocabulary,
+        pad_token_id=PADDING,
+        hidden_size=case.hidden,
+        num_hidden_layers=case.layers,
+        num_attention_heads=max(1, case.hidden // 64),
+        intermediate_size=4 * case.hidden,
+        max_position_embeddings=514,
+    )
+    words = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(SEED)
+        AutoModel.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model: Any = SentenceTransformer(modules=[Transformer(folder), Pooling(case.hidden, "mean")], device="cpu")
+    model[0].auto_model.pooler = None
+    return model
+
+
+# --- the gate ----------------------------------------------------------------------------------------------------
+
+
+def _check_equal(sides: Sides, case: Case) -> dict[str, Any]:
+    """Loss and gradient of every setting that may be timed, against the peer's at its default, without dropout."""
+    sides.train(False)
+    wanted = _peer_gradient(sides, DEFAULT)
+    found: dict[str, Any] = {}
+    for chunk in (case.chunks[0], case.chunks[-1]):
+        for name, budget in (("kept", KEEP_ALL), ("replayed", KEEP_NONE)):
+            label = f"ours, {chunk} tokens, {name}"
+            found[label] = gate(label, _our_gradient(sides, chunk, budget), wanted)
+    sides.train(True)
+    return found
+
+
+def _our_gradient(sides: Sides, tokens_per_chunk: int, budget: float) -> tuple[float, Tensor]:
+    """The gradient as it reaches AdamW through ZeRO: from zero, its first moment becomes (1 - beta) x gradient."""
+    engine = sides.engine
+    engine.restore_optimizer(0, lambda name, key: torch.zeros(engine.shapes[name]))
+    outcome = sides.ours(tokens_per_chunk, budget)(lr=0.0)
+    moments = [engine.moment(name, MOMENTS[0]).flatten() for name in engine.trained()]
+    return float(outcome.figures["train/loss"]), torch.cat(moments)
+
+
+def _peer_gradient(sides: Sides, setting: Peer) -> tuple[float, Tensor]:
+    loss = sides.peer(setting)(update=False)
+    named = dict(sides.peer_model[0].auto_model.named_parameters())
+    gradients = [named[name.removeprefix("backbone.")].grad.flatten() for name in sides.engine.trained()]
+    return loss, torch.cat(gradients)
+
+
+# --- the comparison ----------------------------------------------------------------------------------------------
+
+
+def _compare(case: Case) -> dict[str, Any]:
+    """Gate, search and alternation of one case, in a process of its own."""
+    sides = Sides(case)
+    correctness = _check_equal(sides, case)
+    peers = {setting: _seconds(sides.peer(setting)) for setting in _peer_settings(case)}
+    ours = {
+        budget: {chunk: _seconds(sides.ours(chunk, budget)) for chunk in case.chunks}
+        for budget in (KEEP_ALL, KEEP_NONE)
+    }
+    kept, replayed = (min(found, key=found.__getitem__) for found in ours.values())
+    # The two that did best in the search run again beside the rest, and the faster counts as the peer's best.
+    rivals = sorted(peers, key=peers.__getitem__)[:2]
+    timings = alternate(
+        {
+            f"ours, kept, chunk={kept}": sides.ours(kept, KEEP_ALL),
+            f"ours, replayed, chunk={replayed}": sides.ours(replayed, KEEP_NONE),
+            f"ours, kept, chunk={kept}, no DeepSpeed": sides.without_engine(kept),
+            **{_label(setting): sides.peer(setting) for setting in dict.fromkeys([DEFAULT, *rivals])},
+        },
+        case.repeats,
+    )
+    best = min(rivals, key=lambda setting: timings[_label(setting)].median)
+    default_seconds, best_seconds = timings[_label(DEFAULT)], timings[_label(best)]
+    (_, first), *_ = timings.items()
+    return {
+        "correctness": correctness,
+        "search": _search_rows(peers, ours),
+        "rows": _rows(timings, default_seconds, best_seconds, int(sides.batch.tokens.lengths.sum())),
+        "settings": {"peer best": best, "kept": kept, "replayed": replayed},
+        "over default": ratio(default_seconds, first),
+        "over best": ratio(best_seconds, first),
+    }
+
+
+def _peer_settings(case: Case) -> list[Peer]:
+    sizes: list[Peer] = [("mini_batch_size", size) for size in case.sizes]
+    return sizes + [("mini_batch_num_tokens", budget) for budget in case.budgets]
+
+
+def _label(setting: Peer) -> str:
+    short = {"mini_batch_size": "size", "mini_batch_num_tokens": "tokens"}[setting[0]]
+    return f"peer, {short}={setting[1]}{', its default' if setting == DEFAULT else ''}"
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    (timing,) = alternate({"": step}, repeats=1, warm_ups=0).values()
+    return timing.median
+
+
+def _search_rows(peers: dict[Peer, float], ours: dict[float, dict[int, float]]) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = [{"setting": _label(setting), "s": seconds} for setting, seconds in peers.items()]
+    for budget, found in ours.items():
+        name = "kept" if budget == KEEP_ALL else "replayed"
+        rows += [{"setting": f"ours, {name}, chunk={chunk}", "s": seconds} for chunk, seconds in found.items()]
+    return rows
+
+
+def _rows(timings: dict[str, Timing], default: Timing, best: Timing, tokens: int) -> list[dict[str, object]]:
+    return [
+        {
+            "variant": name,
+            **timing.cells(),
+            "tokens/s": round(tokens / timing.median),
+            "x its default": ratio(default, timing),
+            "x its best": ratio(best, timing),
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def _describe(case: Case) -> str:
+    tokens = int(texts(case).tokens.lengths.sum())
+    return (
+        f"{case.pairs} pairs, {tokens:,} tokens, {case.lengths} lengths, {case.layers} layers x {case.hidden}, "
+        f"{case.vocabulary:,} pieces, fp32, dropout on"
+    )
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def _memory_rows(case: Case, settings: dict[str, Any]) -> list[dict[str, object]]:
+    """One process for each variant."""
+    kept, replayed, best = settings["kept"], settings["replayed"], tuple(settings["peer best"])
+    found = {
+        "ours, graphs kept": in_child(_peak, case, "ours", (kept, KEEP_ALL)),
+        "ours, all replayed": in_child(_peak, case, "ours", (replayed, KEEP_NONE)),
+        **{_label(setting): in_child(_peak, case, "peer", (setting,)) for setting in dict.fromkeys([DEFAULT, best])},
+    }
+    return [
+        {"variant": name, "before the step, MB": memory.before / 1e6, "peak beyond, MB": memory.extra / 1e6}
+        for name, memory in found.items()
+    ]
+
+
+def _peak(case: Case, side: str, setting: tuple[Any, ...]) -> Memory:
+    """What a step adds to weights, optimizer state and libraries, which a small step before it has brought in."""
+    sides = Sides(case)
+    make = getattr(sides, side)
+    small = Case(pairs=4, vocabulary=case.vocabulary)
+    make(*setting, batch=texts(small))()
+    return extra_memory(make(*setting))
