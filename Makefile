@@ -20,15 +20,10 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check
 RUN := PATH="$$PWD/.venv/bin:$$PATH"
 
 define NEEDS
-lacking=; say() { echo "quintet needs $$1" >&2; lacking=1; }; \
-if "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || say "Python's venv module"; \
-	"$(PYTHON)" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
-		|| say "Python's C headers (DeepSpeed compiles a small shared-memory op at its first use)"; \
-else say "Python 3.11 or newer, which '$(PYTHON)' is not; name another: make PYTHON=python3.12"; fi; \
-command -v "$${CXX:-c++}" >/dev/null || say "a C++ compiler (for DeepSpeed's small shared-memory op)"; \
-if [ -n "$$lacking" ]; then \
-	echo "On Debian and Ubuntu: sudo apt-get install -y g++ python3-dev python3-venv" >&2; exit 2; \
+if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	echo "quintet needs Python 3.11 or newer, which '$(PYTHON)' is not; name another: make PYTHON=python3.12" >&2; exit 2; \
+elif ! "$(PYTHON)" -c 'import ensurepip' 2>/dev/null; then \
+	echo "quintet needs Python's venv module; on Debian and Ubuntu: sudo apt-get install -y python3-venv" >&2; exit 2; \
 fi
 endef
 
@@ -60,7 +55,7 @@ clean:  ## remove what the other targets made, but not your runs
 	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build demo *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes first: DeepSpeed's set-up imports it. DeepSpeed compiles its small shared-memory op at its first use.
+# torch comes first: DeepSpeed's set-up imports it. Nothing is compiled, here or later (docs/decisions.md).
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	@$(NEEDS)
 	@test -x .venv/bin/python || "$(PYTHON)" -m venv .venv

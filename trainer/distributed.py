@@ -88,8 +88,8 @@ def _complete_rendezvous() -> None:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
+    """Leave the group of a job of several ranks. That of a single process stays: DeepSpeed holds on to its first."""
+    if world() > 1:
         dist.destroy_process_group()
 
 

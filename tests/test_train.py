@@ -1,0 +1,295 @@
+"""The training stage as a user meets it: what it refuses, how it ends, what it leaves in the run folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pairs
+import pytest
+import ranks
+import tiny
+import torch
+
+from data.errors import UserError
+from launcher import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("train")
+    jobs.settings(made)
+    return made
+
+
+def pretrain(folder: Path, *arguments: str, **changes: Any) -> int:
+    """`quintet pretrain` in this process."""
+    return cli.main(["pretrain", *jobs.settings(folder, **changes), *arguments])
+
+
+def test_a_short_run_leaves_a_complete_run_folder(folder: Path, capsys: pytest.CaptureFixture[str]):
+    run_dir = folder / "run"
+    held_out = folder / "held.jsonl"
+    held_out.write_text(
+        "".join(json.dumps({"query": r.query, "passage": r.passage}) + "\n" for r in pairs.pairs(20, seed=9))
+    )
+    assert pretrain(folder, run_dir=run_dir, steps=6, **{"eval.data": held_out, "eval.every_steps": 3}) == 0
+    names = {path.name for path in run_dir.iterdir()}
+    assert {"config.yaml", "ds_config.json", "environment.json", "metrics.jsonl", "exit.json", "model"} <= names
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 0
+    assert sorted(jobs.steps(run_dir)) == [1, 2, 3, 4, 5, 6]
+    evaluated = [row["train/step"] for row in jobs.metrics(run_dir) if "eval/held/ndcg_at_10" in row]
+    assert evaluated == [3, 6]
+    assert json.loads((run_dir / "ds_config.json").read_text())["zero_optimization"]["stage"] == 1
+    shown = capsys.readouterr()
+    assert "16 queries x 16 candidates, 15 negatives a query" in shown.out + shown.err
+    reopened = pytest.importorskip("sentence_transformers").SentenceTransformer(str(run_dir / "model"), device="cpu")
+    assert reopened.prompts["query"] == "query: "
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(folder: Path):
+    run_dir = folder / "again"
+    assert pretrain(folder, run_dir=run_dir, steps=4) == 0
+    assert pretrain(folder, run_dir=run_dir, steps=4) == 0
+    assert sorted(jobs.steps(run_dir)) == [1, 2, 3, 4]
+    assert len([row for row in jobs.metrics(run_dir) if "train/loss" in row]) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": "nowhere"}, ["nowhere"]),
+        ({"model.path": "nowhere"}, ["nowhere"]),
+        ({"batch_size": 18}, ["batch_size=18", "lanes=4"]),
+        ({"warmup_steps": 12}, ["warmup_steps=12", "steps=12"]),
+        ({"precision": "fp16"}, ["fp16", "bf16"]),
+        ({"max_length": 500}, ["max_length=500", "70"]),
+        ({"model.path": "random"}, ["tokenizer"]),
+        ({"lanes": 512, "batch_size": 512}, ["lanes=512", "300"]),
+        ({"eval.data": "missing.jsonl"}, ["missing.jsonl"]),
+        ({"zero_stage": 4}, ["zero_stage", "4"]),
+        ({"temprature": 0.1}, ["temprature", "temperature"]),
+        ({"device": "cuda"}, ["device=cuda"]),
+    ],
+)
+def test_a_mistake_ends_with_code_2_and_one_message_that_names_it(
+    changes: dict[str, Any], words: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    if "cuda" in changes.values() and torch.cuda.is_available():
+        changes, words = {"device": "tpu"}, ["tpu"]
+    assert pretrain(folder, run_dir=tmp_path / "run", **changes) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert "Traceback" not in message
+
+
+def test_packed_attention_is_refused_for_a_family_that_has_none(folder: Path, tmp_path: Path, capsys):
+    model = tiny.mpnet(tmp_path / "mpnet")
+    arguments = {"model.path": model, "model.attention": "packed"}
+    assert pretrain(folder, run_dir=tmp_path / "run", **arguments) == 2
+    assert "mpnet" in capsys.readouterr().err
+
+
+def test_packed_attention_trains_to_the_losses_of_padded_attention(folder: Path, tmp_path: Path):
+    for attention in ("packed", "padded"):
+        changes = {"run_dir": tmp_path / attention, "model.attention": attention, "model.dropout": 0.0}
+        assert pretrain(folder, steps=4, **changes) == 0
+    packed, padded = jobs.steps(tmp_path / "packed"), jobs.steps(tmp_path / "padded")
+    assert packed[4]["data/padding_frac"] == 0.0 < padded[4]["data/padding_frac"]
+    for step in packed:
+        assert packed[step]["train/loss"] == pytest.approx(padded[step]["train/loss"], rel=1e-4)
+
+
+def test_bf16_follows_fp32_within_its_precision(folder: Path, tmp_path: Path):
+    for precision in ("bf16", "fp32"):
+        changes = {"run_dir": tmp_path / precision, "precision": precision, "model.dropout": 0.0}
+        assert pretrain(folder, steps=4, temperature=0.1, **changes) == 0
+    bf16, fp32 = jobs.steps(tmp_path / "bf16"), jobs.steps(tmp_path / "fp32")
+    for step in fp32:
+        assert bf16[step]["train/loss"] == pytest.approx(fp32[step]["train/loss"], rel=0.02)
+    assert bf16[4]["train/loss"] != fp32[4]["train/loss"]
+
+
+def test_a_changed_data_setting_is_refused_on_resume_and_named(folder: Path, tmp_path: Path, capsys):
+    assert pretrain(folder, run_dir=tmp_path / "run", steps=4) == 0
+    assert pretrain(folder, run_dir=tmp_path / "run", steps=8, seed=1) == 2
+    message = capsys.readouterr().err
+    assert "seed" in message
+    assert "fresh=true" in message
+    assert pretrain(folder, run_dir=tmp_path / "run", steps=8, seed=1, fresh="true") == 0
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder: Path, tmp_path: Path, capsys):
+    run_dir = tmp_path / "run"
+    assert pretrain(folder, run_dir=run_dir, steps=6, save_every_steps=3) == 0
+    file = run_dir / "checkpoints/step-00000006/optimizer/moments-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert pretrain(folder, run_dir=run_dir, steps=6, save_every_steps=3) == 0
+    assert "moments-00000.safetensors" in capsys.readouterr().err
+    repeated = [row["train/step"] for row in jobs.metrics(run_dir) if row["run/attempt"] == 2 and "train/loss" in row]
+    assert repeated == [4, 5, 6]
+
+
+def test_too_many_non_finite_steps_end_with_code_4_and_publish_nothing(folder: Path, tmp_path: Path, capsys):
+    run_dir = tmp_path / "run"
+    changes = {"run_dir": run_dir, "lr": 1e30, "warmup_steps": 0, "max_skipped_steps": 3, "max_grad_norm": 0}
+    assert pretrain(folder, steps=12, save_every_steps=1, **changes) == 4
+    assert "non-finite steps in a row" in capsys.readouterr().err
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 4
+    from safetensors.torch import load_file
+
+    for weights in run_dir.glob("checkpoints/step-*/model/*.safetensors"):
+        for name, tensor in load_file(weights).items():
+            assert torch.isfinite(tensor).all(), f"{weights} {name}"
+
+
+def nan_on_one_rank(model: Path) -> tuple[bool, float, bool, bool]:
+    """Feed rank 1 weights' gradients of NaN, on stage after stage."""
+    from trainer import distributed
+    from trainer.encoder import Encoder, load_backbone
+    from trainer.engine import Engine, OptimizerSettings
+
+    verdicts = []
+    for stage in (0, 1, 2, 3):
+        settings = OptimizerSettings(weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+        engine = Engine(
+            Encoder(load_backbone(str(model))), settings, stage=stage, local_batch=2, device=torch.device("cpu")
+        )
+        before = {name: engine.weight(name) for name in engine.shapes}
+        with engine.accumulate():
+            loss = engine(torch.tensor([[2, 7, 3]]), torch.ones(1, 3, dtype=torch.bool)).sum()
+            engine.backward(loss * (math.nan if distributed.rank() == 1 else 1.0))
+        applied = engine.step(0.1)
+        unchanged = all(torch.equal(engine.weight(name), before[name]) for name in before)
+        verdicts.append((applied, math.isfinite(engine.grad_norm), unchanged))
+    return verdicts
+
+
+def test_nan_on_one_rank_leaves_the_step_out_on_every_rank_at_every_stage(folder: Path, tmp_path: Path):
+    for verdicts in ranks.run(nan_on_one_rank, 2, tmp_path, folder / "bert"):
+        assert verdicts == [(False, False, True)] * 4
+
+
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the shards with one bit of one record's text flipped."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for file in (folder / "shards").iterdir():
+        (shards / file.name).write_bytes(file.read_bytes())
+    tar = next(shards.glob("*.tar"))
+    with tarfile.open(tar) as archive:
+        member = archive.getmembers()[2]
+    content = bytearray(tar.read_bytes())
+    content[member.offset_data + member.size // 2] ^= 4
+    tar.write_bytes(content)
+    return shards
+
+
+def test_a_damaged_shard_ends_a_strict_run_with_code_3_and_its_name(folder: Path, tmp_path: Path, capsys):
+    shards = damaged(folder, tmp_path)
+    assert pretrain(folder, run_dir=tmp_path / "run", data=shards) == 3
+    message = capsys.readouterr().err
+    assert next(shards.glob("*.tar")).name in message
+    assert "Traceback" not in message
+
+
+def test_a_damaged_shard_is_counted_and_passed_over_under_skip(folder: Path, tmp_path: Path):
+    shards = damaged(folder, tmp_path)
+    run_dir = tmp_path / "run"
+    # 20 batches of 16 out of 300 records: every record comes, and so does every damaged one.
+    assert pretrain(folder, run_dir=run_dir, data=shards, damaged="skip", steps=20) == 0
+    rows = jobs.steps(run_dir)
+    assert sorted(rows) == list(range(1, 21))
+    assert rows[20]["data/samples_bad"] == 32, "the block of the damaged record, and no more"
+
+
+def test_damage_on_one_rank_alone_ends_all_ranks_with_code_3(folder: Path, tmp_path: Path):
+    shards = damaged(folder, tmp_path)
+    overrides = jobs.settings(folder, run_dir=tmp_path / "run", data=shards)
+    code = jobs.run(jobs.command(2, overrides, port=29651), tmp_path / "log")
+    assert code == 3
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 3
+
+
+def test_too_many_damaged_records_end_with_code_3(folder: Path, tmp_path: Path, capsys):
+    shards = damaged(folder, tmp_path)
+    changes = {"run_dir": tmp_path / "run", "data": shards, "damaged": "skip", "max_bad_records": 5}
+    assert pretrain(folder, steps=20, **changes) == 3
+    assert "max_bad_records=5" in capsys.readouterr().err
+
+
+def test_plain_tars_of_webdatasets_own_writer_train_without_an_index(folder: Path, tmp_path: Path):
+    webdataset = pytest.importorskip("webdataset")
+    shards = tmp_path / "plain"
+    shards.mkdir()
+    with webdataset.ShardWriter(str(shards / "mine-%06d.tar"), maxcount=60, verbose=0) as writer:
+        for number, record in enumerate(pairs.pairs(200)):
+            writer.write({"__key__": f"{number:06d}", "json": {"query": record.query, "passage": record.passage}})
+    assert pretrain(folder, run_dir=tmp_path / "run", data=shards, steps=3, warmup_steps=1) == 0
+    assert (shards / "index.json").exists()
+
+
+def test_a_pickle_member_is_refused_and_never_read(folder: Path, tmp_path: Path, capsys):
+    canary = tmp_path / "canary"
+    shards = tmp_path / "plain"
+    shards.mkdir()
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return open, (str(canary), "w")
+
+    import pickle
+
+    with tarfile.open(shards / "evil-000000.tar", "w") as archive:
+        content = pickle.dumps(Evil())
+        member = tarfile.TarInfo("000000.pyd")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    assert pretrain(folder, run_dir=tmp_path / "run", data=shards) in (2, 3)
+    assert "pickle" in capsys.readouterr().err
+    assert not canary.exists()
+
+
+def test_a_command_for_a_shell_is_refused_and_never_run(folder: Path, tmp_path: Path, capsys):
+    canary = tmp_path / "canary"
+    assert pretrain(folder, run_dir=tmp_path / "run", data=f"pipe:touch {canary}") == 2
+    assert "pipe:" in capsys.readouterr().err
+    assert not canary.exists()
+
+
+def test_two_jobs_in_one_run_folder_the_second_is_told_who_is_there(folder: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    first = jobs.start(jobs.command(1, jobs.settings(folder, run_dir=run_dir, steps=10_000)), tmp_path / "first.log")
+    try:
+        jobs.wait_for_step(first, run_dir, 1)
+        second = jobs.run(jobs.command(1, jobs.settings(folder, run_dir=run_dir)), tmp_path / "second.log")
+        assert second == 2
+        assert str(first.pid) in (tmp_path / "second.log").read_text()
+    finally:
+        jobs.end(first)
+
+
+def test_a_random_model_of_each_architecture_trains(folder: Path, tmp_path: Path):
+    for architecture in ("bert", "xlm-roberta", "mpnet"):
+        model = {"path": "random", "architecture": architecture, "hidden_size": 16, "layers": 1, "heads": 2}
+        model |= {"intermediate_size": 16, "max_positions": 32}
+        changes = {f"model.{key}": value for key, value in model.items()}
+        changes |= {"run_dir": tmp_path / architecture, "tokenizer": folder / "bert"}
+        assert pretrain(folder, steps=2, warmup_steps=1, **changes) == 0
+
+
+def test_the_user_error_for_a_wrong_rank_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    from trainer import distributed
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="RANK=3"):
+        distributed.place()
