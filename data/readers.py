@@ -50,14 +50,14 @@ class Part:
     stop: int = 0
 
 
-def split(file: str, part_bytes: int = PART_BYTES) -> list[Part]:
+def split(file: str) -> list[Part]:
     """The parts of a file, in order; they do not depend on the number of workers."""
     format = format_of(file)
     with _readable(file):
         if format == "lines" and not file.endswith(PACKED):
             size = os.path.getsize(file)
-            starts = range(0, max(size, 1), part_bytes)
-            return [Part(file, format, start, min(start + part_bytes, size)) for start in starts]
+            starts = range(0, max(size, 1), PART_BYTES)
+            return [Part(file, format, start, min(start + PART_BYTES, size)) for start in starts]
         if format == "parquet":
             return _row_groups(file)
     return [Part(file, format)]

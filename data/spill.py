@@ -6,6 +6,7 @@ checked, normalised records, sorted by source and key; any range of keys of a so
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -148,7 +148,7 @@ class _Parser:
         try:
             record = _cleaned(parse(value), self.constants, source)
         except BadRecord as error:
-            self._reject(number, error.reason, str(error).partition(": ")[2], _excerpt(row))
+            self._reject(number, error.reason, str(error).partition(": ")[2], row)
             return
         self.records.append(record)
         self.numbers.append(number)
@@ -156,10 +156,10 @@ class _Parser:
         if len(self.records) >= RUN_RECORDS or self.chars >= RUN_CHARS:
             self._flush()
 
-    def _reject(self, number: int, reason: str, detail: str, text: str) -> None:
+    def _reject(self, number: int, reason: str, detail: str, row: Any) -> None:
         self.bad[reason] += 1
         if self.bad[reason] <= EXAMPLES:
-            self.rejects.append(Reject(self.part.file, number, reason, detail, text))
+            self.rejects.append(Reject(self.part.file, number, reason, detail, _excerpt(row)))
 
     def _flush(self) -> None:
         if self.records:
@@ -183,7 +183,9 @@ def _cleaned(record: Record, constants: Constants, source: str) -> Record:
 
 
 def _excerpt(row: Any) -> str:
-    return orjson.dumps(row, default=str, option=orjson.OPT_NON_STR_KEYS)[:200].decode(errors="replace")
+    """How a row begins, as text that can be written to a file."""
+    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+    return text[:200].encode(errors="replace").decode()
 
 
 def pair_keys(query_hash: NDArray[np.int64], passage_hash: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,7 @@ Result = TypeVar("Result")
 
 _log = logging.getLogger("quintet")
 _SECONDS_BETWEEN_LINES = 10.0
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def num_cores() -> int:
@@ -42,7 +45,7 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], *, workers:
     if min(workers, len(jobs)) <= 1:
         return list(progress.watch(map(function, jobs)))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, _one_thread) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _settle) as pool:
         futures = [pool.submit(function, job) for job in jobs]
         try:
             return list(progress.watch(map(Future.result, futures)))
@@ -54,10 +57,16 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], *, workers:
             pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
-    """Each process is one worker: its libraries should not start threads for every core as well."""
+def _settle() -> None:
+    """Make a process a good worker: one thread, gone at once on Ctrl-C, and never left behind by a killed parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():  # it was killed before the line above
+        os._exit(1)
 
 
 class _Progress:
