@@ -159,7 +159,7 @@ def _rates(folders: dict[str, Path], count: int, rounds: int, cold: bool) -> lis
 
 def measure(quick: bool = False) -> dict[str, Any]:
     """Write the shards, check the readers against each other, time them; records a second and ratios to the peer."""
-    count, rounds = (4_000, 3) if quick else (100_000, 5)
+    count, rounds = (4_000, 3) if quick else (100_000, 3)
     with tempfile.TemporaryDirectory() as temporary:
         folders = _write(Path(temporary), count)
         started = time.perf_counter()
