@@ -113,8 +113,9 @@ def _run_stage(name: str, words: list[str]) -> int:
             return EXIT_DONE
         return _load_and_run(module, stage, options, overrides)
     except QuintetError as error:
-        # every rank reads the same configuration, so one of them tells what is wrong with it
-        if _rank() == 0 or not isinstance(error, ConfigError):
+        # Every rank reads the same configuration, so one of them tells what is wrong with it. An error without a
+        # text is another rank's, which tells.
+        if str(error) and (_rank() == 0 or not isinstance(error, ConfigError)):
             _say(traceback.format_exc() if options.debug else _message(name, error))
         return error.exit_code
     except KeyboardInterrupt:

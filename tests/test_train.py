@@ -293,3 +293,29 @@ def test_the_user_error_for_a_wrong_rank_says_what_to_do(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="RANK=3"):
         distributed.place()
+
+
+def test_secrets_of_the_environment_are_in_no_file_of_the_run(folder: Path, tmp_path: Path):
+    """With a real offline W&B run: logs, metrics, W&B's files, checkpoint, manifest and model card are searched."""
+    secrets = {
+        "WANDB_API_KEY": "5ec2e7" * 6 + "abcd",
+        "AWS_SECRET_ACCESS_KEY": "aws-canary-41",
+        "HF_TOKEN": "hf_canary42",
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("eval:\n  limit: ${oc.env:QUINTET_LIMIT}\n")
+    overrides = jobs.settings(folder, run_dir=tmp_path / "run", **{"wandb.mode": "offline"}, steps=4)
+    command = [*jobs.command(1, overrides), "--config", str(recipe)]
+    log = tmp_path / "log"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**secrets, "QUINTET_LIMIT": "7"}.items():
+            patch.setenv(name, value)
+        assert jobs.run(command, log) == 0
+    files = [log, *(path for path in (tmp_path / "run").rglob("*") if path.is_file())]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert any(path.name == "done.json" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        for name, value in secrets.items():
+            assert value.encode() not in content, f"{name} is in {path}"
+    assert "QUINTET_LIMIT" in (tmp_path / "run/config.yaml").read_text(), "stored as written, not as resolved"

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -214,17 +214,23 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """End all ranks when some rank meets a foreseen error inside the block: none waits for one that has left."""
+    """End all ranks when some rank meets a foreseen error inside the block; the first that met one says it."""
     error: QuintetError | None = None
     try:
         yield
     except QuintetError as raised:
         error = raised
+    speaker = agree_min(rank() if error else world())
     code = int(_reduce([error.exit_code if error else 0], dist.ReduceOp.MAX)[0])
-    if error is not None:
+    if error is not None and speaker == rank():
         raise error
     if code:
         raise Elsewhere(code)
+
+
+def end(error: QuintetError) -> NoReturn:
+    """End all ranks with an error that all have met: one message, not one for each rank."""
+    raise error if rank() == 0 else Elsewhere(error.exit_code)
 
 
 class Job:

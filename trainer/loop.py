@@ -99,21 +99,20 @@ class Run:
         if error is not None:
             raise error
         if failed:
-            raise distributed.Elsewhere(DataError.exit_code)
+            raise distributed.Elsewhere(int(failed) if failed == UserError.exit_code else DataError.exit_code)
         self._count_bad(int(bad_everywhere))
         if stops:
             self._save(must=True)
-            raise Stopped(f"stopped at step {self.step} after a checkpoint; start the same command again to go on")
+            distributed.end(Stopped(f"stopped at step {self.step} after a checkpoint; start the same command to go on"))
         assert batch is not None
         return batch
 
     def _count_bad(self, more: int) -> None:
         self.bad_records += more
         if self.bad_records > self.config.max_bad_records:
-            raise DataError(
-                f"{self.bad_records} damaged records, more than max_bad_records={self.config.max_bad_records}; "
-                "`quintet pack --index` names the shards: mend them, or raise the limit"
-            )
+            limit = f"max_bad_records={self.config.max_bad_records}"
+            what = f"{self.bad_records} damaged records, more than {limit}"
+            distributed.end(DataError(f"{what}; the warnings above name the shards: mend them, or raise the limit"))
 
     def _train_on(self, batch: Batch) -> None:
         lr = learning_rate(self.step, self.config.steps, self.config.warmup_steps, self.config.lr)
@@ -134,10 +133,9 @@ class Run:
         what = f"step {self.step}: loss or gradient is not finite, the update was left out (records {ids}, ...)"
         self.monitor.alert("non-finite step", what)
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise NumericError(
-                f"{self.skipped_in_a_row} non-finite steps in a row, the last is {self.step}; the newest checkpoint is "
-                "from before them: lower lr, raise temperature or warmup_steps, or look at the data"
-            )
+            what = f"{self.skipped_in_a_row} non-finite steps in a row, the last is {self.step}"
+            mend = "lower lr, raise temperature or warmup_steps, or look at the data"
+            distributed.end(NumericError(f"{what}; the newest checkpoint is from before them: {mend}"))
 
     def _row(self, lr: float, grad_norm: float) -> dict[str, float]:
         samples = self.step * self.config.batch_size
@@ -292,6 +290,6 @@ class _Ending:
             self.run.monitor.finish(self.code)
         if distributed.rank() == 0:
             runfolder.finish(self._config.run_dir, self.code, reason, self.run.step if self.run else 0)
-        if error is None or isinstance(error, Stopped):
+        if self.code in (0, Stopped.exit_code):
             # All ranks are here. A launcher ends the others when one leaves, so rank 0 finishes its writing first.
             distributed.barrier()
