@@ -164,12 +164,7 @@ def _engine(config: Config, encoder: Encoder, device: torch.device) -> Engine:
 def _stepper(config: Config, engine: Engine, tokenizer: Any) -> Stepper:
     encoder = engine.module
     assert isinstance(encoder, Encoder)
-    wanted = config.model.attention
-    if wanted == "packed" and not encoder.packable:
-        raise UserError(
-            f"model.attention=packed: {encoder.backbone.config.model_type} cannot run packed; use auto or padded"
-        )
-    packed = wanted == "packed" or (wanted == "auto" and engine.device.type == "cuda" and encoder.packable)
+    packed = _packed(config, encoder, engine.device)
     if packed:
         encoder.use_packed_attention()
     return Stepper(
@@ -182,6 +177,16 @@ def _stepper(config: Config, engine: Engine, tokenizer: Any) -> Stepper:
         bf16=config.precision == "bf16",
         packed=packed,
     )
+
+
+def _packed(config: Config, encoder: Encoder, device: torch.device) -> bool:
+    """Whether texts are fed without padding: where the family and, on CUDA, the kernel's half precision allow it."""
+    wanted, family = config.model.attention, encoder.backbone.config.model_type
+    half = device.type != "cuda" or config.precision == "bf16"
+    if wanted == "packed" and not (encoder.packable and half):
+        reason = f"{family} cannot run packed" if half else "its kernel needs precision=bf16"
+        raise UserError(f"model.attention=packed: {reason}; use auto or padded")
+    return wanted == "packed" or (wanted == "auto" and device.type == "cuda" and encoder.packable and half)
 
 
 def _flops_per_token(encoder: Encoder, engine: Engine) -> float:
