@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # they import pyarrow, which --help can do without
 
 _log = logging.getLogger("quintet")
 _MARK = "pack.json"
+_ALWAYS = ("source", "languages", "records", "duplicates", "held out", "training", "shards", "MB")  # even if all 0
 _EXAMPLES = 20  # rejected rows of a reason that are written out
 
 
@@ -276,16 +277,9 @@ def _write_papers(
 
 
 def _report(facts: dict[str, dict[str, Any]], parsed: Sequence[Parsed], rejects: Sequence[Reject]) -> str:
-    counts = ("records", "duplicates", "over limit", "held out", "training", "shards")
-    means = ("query words", "passage words", "query tokens", "passage tokens")
-    head = ("source", "languages", *counts, "MB", *means)
     rows = [_row(source, fact) for source, fact in facts.items()]
-    used = [
-        n
-        for n, column in enumerate(zip(*rows, strict=True))
-        if n < 4 or (set(column) != {"0"} and set(column) != {"0.0"})
-    ]
-    parts = [table([head[n] for n in used], [[row[n] for n in used] for row in rows])]
+    used = [name for name in rows[0] if name in _ALWAYS or any(row[name] not in ("0", "0.0") for row in rows)]
+    parts = [table(used, [[row[name] for name in used] for row in rows])]
     bad = _bad(parsed)
     if bad:
         first = {reject.reason: reject for reject in reversed(rejects)}
@@ -294,10 +288,13 @@ def _report(facts: dict[str, dict[str, Any]], parsed: Sequence[Parsed], rejects:
     return "\n\n".join(parts)
 
 
-def _row(source: str, fact: dict[str, Any]) -> list[str]:
-    counts = [f"{fact[name]:,}" for name in ("records", "duplicates", "over_limit", "held_out", "training", "shards")]
-    means = [f"{fact[name]:.1f}" for name in ("query_words", "passage_words", "query_tokens", "passage_tokens")]
-    return [source, str(len(fact["languages"])), *counts, f"{fact['bytes'] / 1e6:.1f}", *means]
+def _row(source: str, fact: dict[str, Any]) -> dict[str, str]:
+    counts = ("records", "duplicates", "over_limit", "held_out", "training", "shards")
+    means = ("query_words", "passage_words", "query_tokens", "passage_tokens")
+    row = {"source": source, "languages": str(len(fact["languages"]))}
+    row |= {name.replace("_", " "): f"{fact[name]:,}" for name in counts}
+    row |= {"MB": f"{fact['bytes'] / 1e6:.1f}"}
+    return row | {name.replace("_", " "): f"{fact[name]:.1f}" for name in means}
 
 
 def _where(reject: Reject) -> str:

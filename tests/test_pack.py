@@ -106,6 +106,11 @@ def _write_gz(path: Path, rows: Rows) -> Path:
     return path
 
 
+def _write_csv_gz(path: Path, rows: Rows) -> Path:
+    path.write_bytes(gzip.compress(_write_csv(path, rows, ",").read_bytes()))
+    return path
+
+
 def _write_json(path: Path, rows: Rows) -> Path:
     path.write_bytes(orjson.dumps(rows))
     return path
@@ -158,6 +163,7 @@ _form("pairs.json", _write_json)
 _form("lines.json", lambda path, rows: _lines(path, rows))
 _form("pairs.csv", lambda path, rows: _write_csv(path, rows, ","))
 _form("pairs.tsv", lambda path, rows: _write_csv(path, rows, "\t"))
+_form("pairs.csv.gz", _write_csv_gz)
 _form("pairs.parquet", _write_parquet)
 _form("pairs.arrow", _write_arrow_file)
 _form("dataset", _write_dataset)
