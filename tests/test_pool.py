@@ -63,7 +63,7 @@ def train(model: Path) -> dict[str, Any]:
 def plain_loss(embeddings: torch.Tensor, data: Any) -> torch.Tensor:
     """Cross-entropy of all queries, some rows at a time so that it fits: the full logits would take 4.3 GB, twice."""
     query, passage = embeddings[:PAIRS], embeddings[PAIRS:]
-    asked, answers = torch.from_numpy(data.query_hash), torch.from_numpy(data.passage_hash)
+    asked, answers = torch.from_numpy(data.query_hash).int(), torch.from_numpy(data.passage_hash).int()
 
     def rows_loss(rows: torch.Tensor, first: int, everything: torch.Tensor) -> torch.Tensor:
         numbers = torch.arange(first, first + len(rows))
