@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import math
 import os
@@ -35,6 +36,7 @@ from data.pack import Config
 from data.packing import _equal_share
 from data.records import Record
 from data.shards import load_index, read_block
+from data.staging import staged
 from data.tables import table
 from data.workers import run_jobs
 
@@ -597,6 +599,29 @@ def test_an_output_in_the_way_is_kept_unless_it_is_an_old_pack(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "out").glob("first*")] == []
     with pytest.raises(UserError, match="is a file"):
         _run(file, file)
+
+
+def test_an_output_that_cannot_be_made_or_filled_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = FORMS["pairs.jsonl"](tmp_path)
+    with pytest.raises(UserError, match=r"output=.*/x: cannot be written \(Not a directory"):
+        _run(file / "x", file)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("data.packing.write_holdout", full)
+    with pytest.raises(UserError, match=r"No space left on device.*make room"):
+        _run(tmp_path / "out", file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_two_packs_into_one_output_do_not_mix(tmp_path: Path) -> None:
+    file = FORMS["pairs.jsonl"](tmp_path)
+    with (
+        staged(tmp_path / "out", overwrite=False, mark="pack.json") as folder,
+        pytest.raises(UserError, match="another process is writing it"),
+    ):
+        _run(folder.parent / "out", file)
 
 
 def test_an_empty_output_folder_is_used(tmp_path: Path) -> None:
