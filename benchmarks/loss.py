@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sentence_transformers import util
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch import Tensor, nn
 
 from benchmarks.common import Memory, Timing, alternate, extra_memory, gate, in_child, ratio, table, target
@@ -65,11 +67,13 @@ def measure(quick: bool = False) -> dict[str, Any]:
 
 
 def embeddings(case: Case) -> tuple[Tensor, Tensor]:
-    """Unit vectors; the first candidates lie near their queries, so that logits span what they do in training."""
+    """Unit vectors. A positive is about as similar as the nearest of the other candidates, so that the loss is of
+    order 1 and a relative error of it means something."""
     generator = torch.Generator().manual_seed(SEED)
     query = F.normalize(torch.randn(case.queries, case.size, generator=generator), dim=1)
-    passage = torch.randn(case.candidates, case.size, generator=generator)
-    passage[: case.queries].mul_(0.3).add_(query * case.size**0.5 / 6)
+    passage = F.normalize(torch.randn(case.candidates, case.size, generator=generator), dim=1)
+    cosine = 3 / case.size**0.5  # other candidates' cosines have the deviation 1 / sqrt(size)
+    passage[: case.queries].mul_((1 - cosine**2) ** 0.5).add_(cosine * query)
     return query.requires_grad_(), F.normalize(passage, dim=1).requires_grad_()
 
 
@@ -97,9 +101,6 @@ def peer(case: Case, query: Tensor, passage: Tensor, chunk: int, similarity: str
 
     Candidates beyond the positives are handed over as columns of hard negatives, which is the same pool.
     """
-    from sentence_transformers import util
-    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-
     encoder: Any = nn.Sequential(nn.Identity())  # this stage calls no model
     function = getattr(util, similarity)
     stage = CachedMultipleNegativesRankingLoss(

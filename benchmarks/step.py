@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
@@ -30,8 +33,8 @@ from trainer.engine import MOMENTS, Engine, OptimizerSettings
 from trainer.step import Stepper
 
 LR, TEMPERATURE, SEED, PADDING = 1e-4, 0.01, 7, 1
-ADAM = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
-MAX_NORM = 1.0
+BETA, MAX_NORM = 0.9, 1.0
+ADAM: dict[str, Any] = {"weight_decay": 0.01, "betas": (BETA, 0.999), "eps": 1e-8}
 KEEP_ALL, KEEP_NONE = math.inf, 0.0
 
 
@@ -101,10 +104,10 @@ class Sides:
         encoder = Encoder(copy.deepcopy(self.peer_model[0].auto_model))
         self.plain = copy.deepcopy(encoder)
         distributed.start(torch.device("cpu"), 60)
-        settings = OptimizerSettings(max_grad_norm=MAX_NORM, **ADAM)  # type: ignore[arg-type]
+        settings = OptimizerSettings(max_grad_norm=MAX_NORM, **ADAM)
         self.engine = Engine(encoder, settings, stage=1, local_batch=case.pairs, device=torch.device("cpu"))
-        self.peer_adam = torch.optim.AdamW(self.peer_model.parameters(), lr=LR, fused=True, **ADAM)  # type: ignore[arg-type]
-        self.plain_adam = torch.optim.AdamW(self.plain.parameters(), lr=LR, fused=True, **ADAM)  # type: ignore[arg-type]
+        self.peer_adam = torch.optim.AdamW(self.peer_model.parameters(), lr=LR, fused=True, **ADAM)
+        self.plain_adam = torch.optim.AdamW(self.plain.parameters(), lr=LR, fused=True, **ADAM)
         self.objective = partial(objectives.contrastive, temperature=TEMPERATURE)
         self.train(True)
 
@@ -138,8 +141,6 @@ class Sides:
 
     def peer(self, setting: Peer, batch: Batch | None = None) -> Callable[..., float]:
         """The loop that sentence-transformers' trainer runs, without its logging and data loading."""
-        from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-
         chosen: dict[str, Any] = dict([setting])
         loss = CachedMultipleNegativesRankingLoss(self.peer_model, scale=1 / TEMPERATURE, **chosen)
         columns = _padded_columns(batch or self.batch)
@@ -182,9 +183,6 @@ def _padded_columns(batch: Batch) -> list[dict[str, Tensor]]:
 
 def _sentence_transformer(case: Case) -> Any:
     """A random XLM-R-like encoder with mean pooling; the loss normalises. The unused pooler is taken off both sides."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
     config = AutoConfig.for_model(
         "xlm-roberta",
         vocab_size=case.vocabulary,
@@ -223,12 +221,16 @@ def _check_equal(sides: Sides, case: Case) -> dict[str, Any]:
 
 
 def _our_gradient(sides: Sides, tokens_per_chunk: int, budget: float) -> tuple[float, Tensor]:
-    """The gradient as it reaches AdamW through ZeRO: from zero, its first moment becomes (1 - beta) x gradient."""
+    """The gradient as it reaches AdamW through ZeRO: from zero, its first moment becomes (1 - beta) x clipped gradient.
+
+    A learning rate of 0 leaves the weights where they are.
+    """
     engine = sides.engine
     engine.restore_optimizer(0, lambda name, key: torch.zeros(engine.shapes[name]))
     outcome = sides.ours(tokens_per_chunk, budget)(lr=0.0)
-    moments = [engine.moment(name, MOMENTS[0]).flatten() for name in engine.trained()]
-    return float(outcome.figures["train/loss"]), torch.cat(moments)
+    moments = torch.cat([engine.moment(name, MOMENTS[0]).flatten() for name in engine.trained()])
+    clipped = min(1.0, MAX_NORM / outcome.grad_norm)
+    return float(outcome.figures["train/loss"]), moments / ((1 - BETA) * clipped)
 
 
 def _peer_gradient(sides: Sides, setting: Peer) -> tuple[float, Tensor]:

@@ -1,0 +1,71 @@
+"""The benchmarks run, and refuse to time what does not compute the same. No timing decides a test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common, loss, step
+
+ROOT = Path(__file__).parent.parent
+MEBIBYTE = 1 << 20
+
+
+def _allocate(mebibytes: int) -> common.Memory:
+    return common.extra_memory(lambda: torch.ones(mebibytes * MEBIBYTE // 4).sum())
+
+
+def test_peak_memory_is_that_of_the_work_though_it_is_given_back() -> None:
+    memory = common.in_child(_allocate, 64)
+    assert 64 <= memory.extra / MEBIBYTE < 70
+    assert memory.before > 50 * MEBIBYTE
+
+
+def test_variants_take_turns_after_one_warm_up() -> None:
+    calls: list[str] = []
+    timings = common.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
+    assert "".join(calls) == "ab" * 4
+    assert [len(timing.wall) for timing in timings.values()] == [3, 3]
+
+
+def test_a_ratio_takes_the_clock_that_flatters_less() -> None:
+    ours, peer = common.Timing((1.0, 9.0, 1.0), (2.0, 2.0, 2.0)), common.Timing((8.0, 4.0, 4.0), (6.0, 6.0, 6.0))
+    assert common.ratio(peer, ours) == 3.0
+
+
+@pytest.mark.parametrize(("value", "gradient"), [(1.0001, [1.0, 2.0]), (1.0, [1.0, 2.001]), (float("nan"), [1.0, 2.0])])
+def test_the_gate_refuses_another_loss_or_another_gradient(value: float, gradient: list[float]) -> None:
+    wanted = (1.0, torch.tensor([1.0, 2.0]))
+    assert common.gate("same", wanted, wanted)["loss_difference"] == 0
+    with pytest.raises(common.GateError, match="odd"):
+        common.gate("odd", (value, torch.tensor(gradient)), wanted)
+
+
+@pytest.mark.slow
+def test_the_step_of_both_sides_has_the_same_loss_and_gradient_before_it_is_timed() -> None:
+    result = step.measure(quick=True)
+    (checked,) = result["correctness"].values()
+    assert set(checked) == {"ours, 256 tokens, kept", "ours, 256 tokens, replayed"}
+    assert all(case["gradient_error"] < 1e-5 for case in checked.values())
+    json.dumps(result)
+
+
+@pytest.mark.slow
+def test_the_loss_stage_of_all_sides_is_that_of_float64_before_it_is_timed() -> None:
+    result = loss.measure(quick=True)
+    (checked,) = result["correctness"].values()
+    assert {name.split(",")[0] for name in checked} == {"ours", "peer", "naive"}
+    assert all(case["gradient_error"] < 1e-5 for case in checked.values())
+    json.dumps(result)
+
+
+def test_an_unknown_benchmark_is_refused_by_name() -> None:
+    command = [sys.executable, "-m", "benchmarks", "stepp"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "stepp: no such benchmark; there are step, loss, reading" in done.stderr
