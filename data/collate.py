@@ -125,6 +125,8 @@ class Collate:
             return "it has none"
         if stored_by.get("fingerprint") != self.fingerprint:
             return "they were made by another tokenizer"
+        if 0 < stored_by.get("max_tokens", 0) < self._encoder.max_length:
+            return f"they were cut at {stored_by['max_tokens']} tokens"
         sample = sample.slice(0, SAMPLE_ROWS)
         instruction = instruction or "Find what answers the query"
         for prefix in (self.prompts.query, self.prompts.passage, query_prefix(self.prompts, instruction), ""):

@@ -167,6 +167,8 @@ def test_stored_tokens_that_are_not_those_of_the_text_do_not_fit(tokenizer: Any)
         )
         assert "they are not the ids of the text" in collate.misfit(shuffled, stored_by)
     assert collate.misfit(sound, {"fingerprint": "other"}) == "they were made by another tokenizer"
+    assert "cut at" in collate.misfit(sound, {**stored_by, "max_tokens": LENGTH - 1})
+    assert collate.misfit(sound, {**stored_by, "max_tokens": 0}) == collate.misfit(sound, stored_by)
     assert collate.misfit(table(records), stored_by) == "it has none"
 
 
