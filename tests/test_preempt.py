@@ -100,15 +100,17 @@ def test_a_rank_ends_with_its_killed_launcher() -> None:
         assert launcher.stdout is not None
         rank = int(launcher.stdout.readline())
         launcher.kill()
-        # The rank holds the other end of the pipe: the end of the file is its end.
+        # The rank holds the other end of the pipe: the end of the file comes while it ends.
         started = time.monotonic()
         assert launcher.stdout.read() == ""
-        assert time.monotonic() - started < 10
-    with pytest.raises((ProcessLookupError, AssertionError)):
-        _assert_running(rank)
+        while _running(rank):
+            assert time.monotonic() - started < 10
+            time.sleep(0.01)
 
 
-def _assert_running(pid: int) -> None:
-    os.kill(pid, 0)
-    # An orphan that nobody has waited for yet is still in the table.
-    assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+def _running(pid: int) -> bool:
+    """Whether a process is there; an orphan that has ended and that nobody has waited for is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
