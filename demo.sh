@@ -32,5 +32,5 @@ title 'evaluate: the trained encoder, beside BM25'
 OMP_NUM_THREADS=$both_cores quintet evaluate --config configs/tiny/evaluate.yaml model=demo/run output=demo/run
 title 'search: questions in three languages, among the held-out passages'
 quintet search model=demo/run input=demo/shards/holdout.jsonl top_k=3 'query=["How do I set the temperature of a room?",
-    "Wie verbinde ich das Gerät mit dem WLAN?", "¿Cómo cambio la contraseña de mi cuenta?"]'
+    "Temperatur im Schlafzimmer einstellen", "Quel est le mot de passe du réseau Wi-Fi ?"]'
 title 'done: demo/run/model opens in sentence-transformers; demo/run/metrics.jsonl has the curves'
