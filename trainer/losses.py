@@ -12,9 +12,9 @@ from torch import Tensor
 
 NO_OWNER = torch.iinfo(torch.int64).min
 
-# Logits computed at once. Small enough for a block to stay in a server's last-level cache between the matrix
-# products and the softmax, large enough for full-speed products: see benchmarks/loss.py.
-_BLOCK_BYTES = 16 << 20
+# Rows whose logits are computed at once: enough for full-speed products with the candidates, few enough for the
+# block to stay in cache and to be small beside the gradient of the candidates. Measured in benchmarks/loss.py.
+_BLOCK_BYTES, _LEAST_ROWS = 4 << 20, 128
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def info_nce(
         The loss, a scalar differentiable in both embeddings, and the figures of the pool.
     """
     if block_rows == 0:
-        block_rows = max(16, _BLOCK_BYTES // (4 * len(passage)))
+        block_rows = max(_LEAST_ROWS, _BLOCK_BYTES // (4 * len(passage)))
     loss, *figures = _InfoNCE.apply(query, passage, identity, temperature, min(block_rows, len(query)))
     return loss, Pool(*figures)
 
@@ -72,24 +72,22 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, passage, identity, temperature, block_rows):  # type: ignore[no-untyped-def]
-        scaled, candidates = query.detach().float() / temperature, passage.detach().float()
-        grad_query, grad_passage = torch.empty_like(scaled), torch.zeros_like(candidates)
-        hidden = _EqualTexts(identity)
+        queries, candidates = query.detach().float(), passage.detach().float()
+        grad_query, grad_passage = torch.empty_like(queries), torch.zeros_like(candidates)
+        hidden, sharpness = _EqualTexts(identity), 1.0 / temperature
         candidate_sum = candidates.sum(0)
-        logits, shares = (scaled.new_empty(block_rows, len(candidates)) for _ in range(2))
+        logits, shares = (queries.new_empty(block_rows, len(candidates)) for _ in range(2))
         sums = torch.zeros(5, dtype=torch.float64, device=query.device)
-        for start in range(0, len(scaled), block_rows):
-            rows = slice(start, min(start + block_rows, len(scaled)))
-            block = logits[: rows.stop - start]
-            torch.mm(scaled[rows], candidates.T, out=block)
-            total, masked = scaled[rows] @ candidate_sum, hidden.hide(block, rows)
-            residual = shares[: len(block)]
+        for start in range(0, len(queries), block_rows):
+            rows = slice(start, min(start + block_rows, len(queries)))
+            block, residual = logits[: rows.stop - start], shares[: rows.stop - start]
+            torch.addmm(block, queries[rows], candidates.T, beta=0, alpha=sharpness, out=block)
+            total, masked = queries[rows] @ candidate_sum * sharpness, hidden.hide(block, rows)
             sums += _softmax_residual(block, identity.positive[rows], total, masked, out=residual)
             torch.mm(residual, candidates, out=grad_query[rows])
-            grad_passage.addmm_(residual.T, scaled[rows])
-        mean = 1.0 / len(scaled)
-        # scaled already carries one 1/temperature for the passages.
-        ctx.save_for_backward(grad_query.mul_(mean / temperature), grad_passage.mul_(mean))
+            grad_passage.addmm_(residual.T, queries[rows])
+        mean = 1.0 / len(queries)
+        ctx.gradients = grad_query.mul_(mean * sharpness), grad_passage.mul_(mean * sharpness)
         ctx.dtypes = query.dtype, passage.dtype
         loss, accuracy, positive, negative, masked = (sums * mean).float()
         figures = accuracy, positive * temperature, negative * temperature, masked
@@ -98,9 +96,11 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        grad_query, grad_passage = ctx.saved_tensors
+        assert ctx.gradients is not None, "the gradients are handed out once: they are as large as the embeddings"
+        grad_query, grad_passage = (gradient.mul_(grad_loss) for gradient in ctx.gradients)
+        ctx.gradients = None
         query_dtype, passage_dtype = ctx.dtypes
-        return (grad_query * grad_loss).to(query_dtype), (grad_passage * grad_loss).to(passage_dtype), None, None, None
+        return grad_query.to(query_dtype), grad_passage.to(passage_dtype), None, None, None
 
 
 def _softmax_residual(logits: Tensor, positive: Tensor, total: Tensor, masked: Masked, *, out: Tensor) -> Tensor:
