@@ -39,18 +39,6 @@ class Parts:
     flops_per_token: float
 
 
-def pick_device(name: str) -> torch.device:
-    """This rank's device; `auto` takes CUDA when there is one."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UserError("device=cuda: torch sees no GPU; check the driver and the torch build, or use device=cpu")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    device = torch.device("cuda", distributed.place().local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
 def build(config: Config, device: torch.device, saved: Checkpoint | None) -> Parts:
     """Open data and model, from the checkpoint where there is one. All ranks end together on an error."""
     model_path = str(saved.folder / "model") if saved else config.model.path

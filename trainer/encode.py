@@ -108,14 +108,6 @@ def encode_texts(
 # --- what the stages that use a model have in common -----------------------------------------------------------
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises UserError for a device that this machine does not have."""
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise UserError("device=cuda: torch sees no GPU here; use device=cpu or device=auto")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
-
-
 def load_model(path: str, device: torch.device) -> Model:
     """Open a model folder, a hub id, a checkpoint, or a run folder: its exported model, else its newest checkpoint.
 

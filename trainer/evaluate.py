@@ -59,7 +59,8 @@ def run(config: Config) -> None:
     """
     from data.rules import Prompts
     from trainer import retrieval, sets
-    from trainer.encode import load_model, pick_device
+    from trainer.device import pick_device
+    from trainer.encode import load_model
 
     begin = time.perf_counter()
     device = pick_device(config.device)

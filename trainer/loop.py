@@ -20,8 +20,9 @@ import torch
 from data.collate import Batch
 from data.errors import DataError, NumericError, QuintetError, Stopped, UserError
 from trainer import checkpoint, distributed, runfolder, snapshot
-from trainer.build import Parts, build, describe, pick_device
+from trainer.build import Parts, build, describe
 from trainer.checkpoint import Checkpoint, SaveError
+from trainer.device import pick_device
 from trainer.meter import Meter
 from trainer.monitor import Monitor, summary
 from trainer.preempt import StopRequest, die_with_parent

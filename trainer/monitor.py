@@ -60,7 +60,6 @@ METRICS: dict[str, Metric] = {
     "perf/encode_s": Metric("s", "time of a step in the forward passes of the encoder"),
     "perf/loss_s": Metric("s", "time of a step in the loss and its gradients"),
     "perf/backward_s": Metric("s", "time of a step in backward passes and replays"),
-    "perf/comm_s": Metric("s", "time of a step in collectives outside the engine"),
     "perf/optimizer_s": Metric("s", "time of a step in gradient reduction and the optimizer"),
     "perf/mfu": Metric("frac", "useful arithmetic as a share of the device's peak"),
     "perf/mem_gib": Metric("GiB", "peak memory of a rank"),

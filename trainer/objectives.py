@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from data.collate import Batch
 from trainer import distributed
+from trainer.device import full_products
 from trainer.losses import NO_OWNER, Identity, info_nce
 
 Figures = dict[str, Tensor]
@@ -27,7 +25,7 @@ def contrastive(embeddings: Tensor, batch: Batch, *, temperature: float) -> tupl
         This rank's mean loss (the engine averages over ranks) and figures by metric name.
     """
     query, passage = embeddings[: batch.num_queries], embeddings[batch.num_queries :]
-    with _exact_products():
+    with full_products():
         loss, pool = info_nce(
             query, distributed.gather_rows(passage), identity(batch, query.device), temperature=temperature
         )
@@ -54,14 +52,3 @@ def identity(batch: Batch, device: torch.device) -> Identity:
     first = distributed.rank() * len(passage)
     positive = torch.arange(first, first + len(query), device=device)
     return Identity(query.to(device), positive, pool[:, 0].contiguous(), pool[:, 1].contiguous())
-
-
-@contextlib.contextmanager
-def _exact_products() -> Iterator[None]:
-    """Full fp32 products for the loss: TF32 would move a logit by about 0.1 at temperature 0.01."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -38,7 +38,8 @@ def run(config: Config) -> None:
         UserError: missing model or input, or nothing to search in.
     """
     from trainer import sets
-    from trainer.encode import load_model, pick_device, progress_bar
+    from trainer.device import pick_device
+    from trainer.encode import load_model, progress_bar
 
     device = pick_device(config.device)
     passages = sets.corpus(config.input)

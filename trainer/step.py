@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from data.collate import Batch
 from trainer import distributed, gradcache
+from trainer.device import free_memory
 from trainer.encoder import Segments
 from trainer.engine import Engine
 from trainer.gradcache import Rows, Seconds
@@ -141,11 +140,3 @@ def pack(batch: Batch, rows: Rows) -> tuple[Tensor, Segments]:
         torch.from_numpy(offsets.astype(np.int32)), int(lengths.max()), torch.from_numpy(positions)[None]
     )
     return ids, segments
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that this rank may still take: free memory of its GPU, or its share of the host's."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world())
-    return float(psutil.virtual_memory().available) / ranks_here

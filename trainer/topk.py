@@ -6,11 +6,10 @@ numbers, and the k best results so far of every query.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
+
+from trainer.device import full_products
 
 
 def top_k(
@@ -40,22 +39,11 @@ def top_k(
     numbers = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
     for start in range(0, len(passages), passage_block):
         block = passages[start : start + passage_block].to(device).T
-        with _full_products():
+        with full_products():
             found = [_best_of_block(rows @ block, k) for rows in queries.split(query_block)]
         block_scores, block_numbers = (torch.cat(parts) for parts in zip(*found, strict=True))
         scores, numbers = _merge(scores, numbers, block_scores, block_numbers + start, k)
     return scores, numbers
-
-
-@contextmanager
-def _full_products() -> Iterator[None]:
-    """Keep TF32 out, which a training run may have allowed: its error is larger than the gaps between neighbours."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _best_of_block(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
