@@ -6,6 +6,7 @@ are printed, and everything is written as JSON beside the environment.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 Result = TypeVar("Result")
+Key = TypeVar("Key")
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -80,9 +82,16 @@ def _time(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def ratio(peer: Timing, ours: Timing) -> float:
-    """How many times faster ours is: the smaller of the ratios by wall and by CPU, so that neither flatters."""
-    return min(peer.median / ours.median, peer.median_cpu / ours.median_cpu)
+def ratio(peers: Sequence[Timing], ours: Timing) -> float:
+    """How many times faster ours is than the fastest of the peers: by wall or by CPU, whichever says less."""
+    wall = min(peer.median for peer in peers) / ours.median
+    return min(wall, min(peer.median_cpu for peer in peers) / ours.median_cpu)
+
+
+def rivals(found: Mapping[Key, Timing]) -> list[Key]:
+    """Of a search: the two fastest by wall and the fastest by CPU, to be measured again beside the rest."""
+    by_wall = sorted(found, key=lambda key: found[key].median)[:2]
+    return list(dict.fromkeys([*by_wall, min(found, key=lambda key: found[key].median_cpu)]))
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
@@ -99,6 +108,7 @@ class Memory:
 def extra_memory(run: Callable[[], object]) -> Memory:
     """Run in a process of its own (`in_child`): what another part once took and gave back would hide the peak."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
     before = _status("VmRSS")
     run()

@@ -17,7 +17,7 @@ from sentence_transformers import util
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch import Tensor, nn
 
-from benchmarks.common import Memory, Timing, alternate, extra_memory, gate, in_child, ratio, table, target
+from benchmarks.common import Memory, Timing, alternate, extra_memory, gate, in_child, ratio, rivals, table, target
 from trainer import losses
 
 TEMPERATURE, SEED = 0.01, 11
@@ -25,19 +25,19 @@ TEMPERATURE, SEED = 0.01, 11
 
 @dataclass(frozen=True)
 class Case:
-    """Local queries, candidates, size of an embedding, and what is searched: rows of the peer's chunks, our block."""
+    """Local queries, candidates and size of an embedding; rows of the peer's chunks and of our blocks to search."""
 
     queries: int = 4096
     candidates: int = 4096
     size: int = 384
     chunks: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-    block_bytes: tuple[int, ...] = tuple(1 << power for power in range(19, 27))
+    blocks: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
     repeats: int = 7
 
 
 SQUARE = Case()
 POOL = Case(queries=2048, candidates=32_768, chunks=(32, 64, 128, 256, 512, 1024, 2048), repeats=5)
-QUICK = Case(queries=96, candidates=192, size=32, chunks=(32, 96), block_bytes=(1 << 14,), repeats=1)
+QUICK = Case(queries=96, candidates=192, size=32, chunks=(32, 96), blocks=(32,), repeats=1)
 
 Run = Callable[[], tuple[Tensor, Tensor, Tensor]]  # loss, gradient of the queries, gradient of the candidates
 
@@ -85,12 +85,12 @@ def identity(case: Case) -> losses.Identity:
     return losses.Identity(queries, queries, torch.arange(case.candidates) + case.queries, owner)
 
 
-def ours(case: Case, query: Tensor, passage: Tensor, block_bytes: int = 0) -> Run:
-    """trainer.losses.info_nce; block_bytes 0: as large as it chooses."""
-    texts, rows = identity(case), block_bytes // (4 * case.candidates)
+def ours(case: Case, query: Tensor, passage: Tensor, block_rows: int = 0) -> Run:
+    """trainer.losses.info_nce; block_rows 0: as it chooses."""
+    texts = identity(case)
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
-        loss, _ = losses.info_nce(query, passage, texts, temperature=TEMPERATURE, block_rows=rows)
+        loss, _ = losses.info_nce(query, passage, texts, temperature=TEMPERATURE, block_rows=block_rows)
         return _with_gradients(loss, query, passage)
 
     return run
@@ -166,30 +166,33 @@ NAIVE = Variant("naive, full matrix", naive)
 
 def _compare(case: Case) -> dict[str, Any]:
     """Gate, search, alternation and memory of one case."""
-    blocks = [Variant(f"ours, blocks of {size / 2**20:g} MiB", ours, (size,)) for size in case.block_bytes]
+    blocks = [Variant(f"ours, blocks of {_of_rows(rows, case)}", ours, (rows,)) for rows in case.blocks]
     chunks = [
         Variant(f"peer, chunks of {chunk}, {function}", peer, (chunk, function))
         for function in ("cos_sim", "dot_score")
         for chunk in case.chunks
     ]
     correctness = _check([OURS, NAIVE, *blocks, *chunks], case)
-    # A timing of each alone, then the rivals in turns: on a machine with few cores the order matters.
-    seconds = {variant: _seconds(variant(case)) for variant in (*blocks, *chunks)}
-    rivals = sorted(chunks, key=seconds.__getitem__)[:2]
-    finalists = [OURS, NAIVE, DEFAULT, *rivals]
+    found = {variant: _search(variant(case)) for variant in (*blocks, *chunks)}
+    best = rivals({variant: found[variant] for variant in chunks})
+    finalists = [OURS, NAIVE, DEFAULT, *best]
     timings = alternate({variant.name: variant(case) for variant in finalists}, case.repeats)
-    best = min((variant.name for variant in rivals), key=lambda name: timings[name].median)
+    best_timings = [timings[variant.name] for variant in best]
     memory = {variant.name: in_child(_memory, case, variant).extra for variant in (*finalists, *blocks)}
     return {
         "correctness": correctness,
         "search": [
-            {"variant": variant.name, "wall s": found, "extra memory, MB": _megabytes(memory.get(variant.name))}
-            for variant, found in seconds.items()
+            {"variant": variant.name, **timing.cells(), "extra memory, MB": _megabytes(memory.get(variant.name))}
+            for variant, timing in found.items()
         ],
-        "loss": _rows(timings, timings[best], memory),
-        "over best": ratio(timings[best], timings[OURS.name]),
+        "loss": _rows(timings, best_timings, memory),
+        "over best": ratio(best_timings, timings[OURS.name]),
         "memory": memory[OURS.name] / memory[NAIVE.name],
     }
+
+
+def _of_rows(rows: int, case: Case) -> str:
+    return f"{rows} rows, {4 * rows * case.candidates / 2**20:.3g} MiB"
 
 
 def _check(variants: list[Variant], case: Case) -> dict[str, Any]:
@@ -200,9 +203,9 @@ def _check(variants: list[Variant], case: Case) -> dict[str, Any]:
     }
 
 
-def _seconds(run: Run) -> float:
+def _search(run: Run) -> Timing:
     (timing,) = alternate({"": run}, repeats=2, warm_ups=0).values()
-    return timing.median
+    return timing
 
 
 def _memory(case: Case, variant: Variant) -> Memory:
@@ -215,8 +218,8 @@ def _megabytes(extra: int | None) -> float | str:
     return "" if extra is None else extra / 1e6
 
 
-def _rows(timings: dict[str, Timing], best: Timing, memory: dict[str, int]) -> list[dict[str, object]]:
-    default = timings[DEFAULT.name]
+def _rows(timings: dict[str, Timing], best: list[Timing], memory: dict[str, int]) -> list[dict[str, object]]:
+    default = [timings[DEFAULT.name]]
     return [
         {
             "variant": name,

@@ -33,9 +33,17 @@ def test_variants_take_turns_after_one_warm_up() -> None:
     assert [len(timing.wall) for timing in timings.values()] == [3, 3]
 
 
-def test_a_ratio_takes_the_clock_that_flatters_less() -> None:
-    ours, peer = common.Timing((1.0, 9.0, 1.0), (2.0, 2.0, 2.0)), common.Timing((8.0, 4.0, 4.0), (6.0, 6.0, 6.0))
-    assert common.ratio(peer, ours) == 3.0
+def test_a_ratio_takes_the_fastest_peer_and_the_clock_that_says_less() -> None:
+    ours = common.Timing((1.0, 9.0, 1.0), (2.0, 2.0, 2.0))
+    peers = [common.Timing((8.0, 4.0, 4.0), (6.0, 6.0, 6.0)), common.Timing((5.0,) * 3, (5.0,) * 3)]
+    assert common.ratio(peers, ours) == 2.5
+    assert common.ratio(peers[:1], ours) == 3.0
+
+
+def test_a_search_passes_on_the_two_fastest_by_wall_and_the_fastest_by_cpu() -> None:
+    seconds = {"a": (4.0, 1.0), "b": (1.0, 4.0), "c": (2.0, 2.0), "d": (3.0, 3.0)}
+    found = {name: common.Timing((wall,), (cpu,)) for name, (wall, cpu) in seconds.items()}
+    assert common.rivals(found) == ["b", "c", "a"]
 
 
 @pytest.mark.parametrize(("value", "gradient"), [(1.0001, [1.0, 2.0]), (1.0, [1.0, 2.001]), (float("nan"), [1.0, 2.0])])
