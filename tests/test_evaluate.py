@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 from data.errors import NumericError, UserError
 from data.rules import Prompts
 from trainer import bm25, checkpoint, distributed, evaluate, retrieval, sets
-from trainer.encode import encode_texts
+from trainer.embed import encode_texts
 from trainer.encoder import open_model
 from trainer.metrics import NAMES
 

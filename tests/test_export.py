@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 from data.errors import QuintetError, UserError
 from trainer import checkpoint, classic, export
 from trainer.card import Card
-from trainer.encode import encode_texts
+from trainer.embed import encode_texts
 from trainer.encoder import Encoder, Model, open_model
 
 READER = export._sentence_transformers

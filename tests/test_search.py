@@ -14,7 +14,7 @@ import torch
 
 from data.errors import NumericError, UserError
 from trainer import search
-from trainer.encode import encode_texts
+from trainer.embed import encode_texts
 from trainer.encoder import open_model
 
 TEXTS = ["the lazy dog", "temperature of the living room", "温度を設定します", "the quick brown fox"]
@@ -105,7 +105,7 @@ def test_bad_input_is_named_with_its_place(
 
 def test_broken_weights_are_no_ranking(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "trainer.encode.encode_texts", lambda model, texts, *rest, **more: torch.full((len(texts), 2), torch.nan)
+        "trainer.embed.encode_texts", lambda model, texts, *rest, **more: torch.full((len(texts), 2), torch.nan)
     )
     with pytest.raises(NumericError, match="broken"):
         search.run(_config(model, _lines(tmp_path), query="x"))

@@ -17,7 +17,7 @@ from data.stream import Stream
 from data.tokens import TextEncoder, load_tokenizer
 from trainer import distributed, objectives, retrieval, sets, snapshot
 from trainer.checkpoint import Checkpoint
-from trainer.encode import encode
+from trainer.embed import encode
 from trainer.encoder import Encoder, ModelSettings, build_random, freeze_positions, load_backbone
 from trainer.engine import Engine, OptimizerSettings
 from trainer.step import Stepper

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from data.errors import QuintetError, UserError
 from trainer.card import Card, Facts, readme
-from trainer.encode import encode_texts
+from trainer.embed import encode_texts
 from trainer.encoder import Encoder, Model, pool
 from trainer.runfolder import sync_folder
 

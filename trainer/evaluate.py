@@ -60,7 +60,7 @@ def run(config: Config) -> None:
     from data.rules import Prompts
     from trainer import retrieval, sets
     from trainer.device import pick_device
-    from trainer.encode import load_model
+    from trainer.embed import load_model
 
     begin = time.perf_counter()
     device = pick_device(config.device)
@@ -93,7 +93,7 @@ def _with_overrides(model: Model, config: Config) -> Model:
 
 
 def _encode(model: Model, config: Config, device: torch.device) -> Encode:
-    from trainer.encode import encode_texts, progress_bar
+    from trainer.embed import encode_texts, progress_bar
 
     def encode(texts: Sequence[str]) -> torch.Tensor:
         with progress_bar(len(texts), "texts embedded") as progress:

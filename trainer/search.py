@@ -39,7 +39,7 @@ def run(config: Config) -> None:
     """
     from trainer import sets
     from trainer.device import pick_device
-    from trainer.encode import load_model, progress_bar
+    from trainer.embed import load_model, progress_bar
 
     device = pick_device(config.device)
     passages = sets.corpus(config.input)
@@ -62,7 +62,7 @@ def _embed(
 ) -> torch.Tensor:
     import torch
 
-    from trainer.encode import encode_texts
+    from trainer.embed import encode_texts
 
     vectors = encode_texts(
         model,
