@@ -85,7 +85,7 @@ def decode(buffer: pa.Buffer) -> pa.Table:
     Its columns are those of `schema()`, or all three of TOKEN_COLUMNS beside them.
     """
     try:
-        _refuse_compression(buffer)
+        refuse_compression(buffer)
         reader = pa.ipc.open_stream(buffer)
         if not any(reader.schema.equals(known) for known in _SCHEMAS):
             raise BadBlock(f"the columns are {', '.join(f'{f.name} {f.type}' for f in reader.schema)}")
@@ -98,7 +98,7 @@ def decode(buffer: pa.Buffer) -> pa.Table:
     return block if len(block.columns[0].chunks) == 1 else block.combine_chunks()
 
 
-def _refuse_compression(buffer: pa.Buffer) -> None:
+def refuse_compression(buffer: pa.Buffer) -> None:
     """Raise BadBlock for a stream with compressed buffers, which a few bytes could let grow to gigabytes.
 
     Arrow decompresses while it reads, and cannot be told not to. So the field is looked up before, in the FlatBuffers
