@@ -120,7 +120,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.max_length = max_length
-        self._backend = _stateless_copy(tokenizer)
+        self._backend = stateless_copy(tokenizer)
         self._left, self._right = _frame(self._backend)
         self.num_ids = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         if max_length <= len(self._left) + len(self._right):
@@ -176,7 +176,7 @@ def _put(ids: NDArray[np.int32], starts: NDArray[np.int64], values: Sequence[int
     ids[starts[:, None] + np.arange(len(values))] = np.asarray(values, np.int32)
 
 
-def _stateless_copy(tokenizer: Any) -> Tokenizer:
+def stateless_copy(tokenizer: Any) -> Tokenizer:
     """The backend without truncation and padding, separate from the tokenizer it came from."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()

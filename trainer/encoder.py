@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None  # type: ignore[assignment]  # BERT's tanh head is no part of an embedding, and would be a parameter without use
         self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
-        self.first_position = _first_position(backbone)
+        self.first_position = first_position(backbone)
 
     @property
     def size(self) -> int:
@@ -109,16 +109,20 @@ def pool_packed(hidden: Tensor, offsets: Tensor, pooling: str) -> Tensor:
     return sums / lengths[:, None].clamp(min=1)
 
 
-def _first_position(backbone: PreTrainedModel) -> int:
+def first_position(backbone: nn.Module) -> int:
     """0 for BERT; padding_idx + 1 for the RoBERTa family, whose position table starts behind the padding's number."""
     table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return 0 if padding is None else int(padding) + 1
 
 
-def freeze_positions(encoder: Encoder) -> int:
-    """Stop training the absolute position table, so that untrained places keep working; return its parameters."""
-    table = getattr(getattr(encoder.backbone, "embeddings", None), "position_embeddings", None)
+def freeze_positions(module: nn.Module) -> int:
+    """Stop training the absolute position table, so that untrained places keep working; return its parameters.
+
+    `module` has a `backbone` of transformers, with or without a head on it.
+    """
+    backbone: Any = module.backbone
+    table = getattr(getattr(backbone.base_model, "embeddings", None), "position_embeddings", None)
     if table is None:
         return 0
     table.weight.requires_grad_(False)
@@ -215,26 +219,40 @@ def load_backbone(path: str, **changes: Any) -> PreTrainedModel:
     Raises:
         UserError: there is no such model, or it has no safetensors weights.
     """
-    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **changes}
-    try:
-        backbone, report = _load_quietly(path, options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path={path}: cannot be opened: {reason}; give a model folder or a hub id") from None
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    backbone, missing = load_weights(AutoModel, path, **changes)
+    missing = [name for name in missing if not name.startswith("pooler.")]
     if missing:
         raise UserError(f"model.path={path}: the weights lack {', '.join(missing[:3])}; it is not this architecture's")
     return backbone
 
 
-def _load_quietly(path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The backbone, without the pooler that embeddings do not use, and transformers' report on the weights."""
+def load_weights(kind: Any, path: str, *, key: str = "model.path", **changes: Any) -> tuple[PreTrainedModel, list[str]]:
+    """Open a model as `load_backbone` does: the model, and the names of the parameters that its files lack.
+
+    Args:
+        kind: a class of transformers such as AutoModel.
+        key: the configuration key that names the model, for messages.
+
+    Raises:
+        UserError: there is no such model, or it has no safetensors weights.
+    """
+    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **changes}
+    try:
+        model, report = _load_quietly(kind, path, options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}={path}: cannot be opened: {reason}; give a model folder or a hub id") from None
+    return model, sorted(report["missing_keys"])
+
+
+def _load_quietly(kind: Any, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, without the pooler that embeddings do not use, and transformers' report on the weights."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it prints a table of every weight that a pretraining head left over
     try:
-        return AutoModel.from_pretrained(path, output_loading_info=True, add_pooling_layer=False, **options)
-    except TypeError:  # a family that has no pooler to leave out
-        return AutoModel.from_pretrained(path, output_loading_info=True, **options)
+        return kind.from_pretrained(path, output_loading_info=True, add_pooling_layer=False, **options)
+    except TypeError:  # a kind that has no pooler to leave out
+        return kind.from_pretrained(path, output_loading_info=True, **options)
     finally:
         transformers_logging.set_verbosity(level)
 
@@ -248,7 +266,7 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model
     Raises:
         UserError: missing model, or one whose settings cannot be read.
     """
-    folder = _local_folder(str(path))
+    folder = local_folder(str(path))
     settings = _settings(folder)
     backbone = load_backbone(str(folder))
     encoder = Encoder(backbone, settings.pooling, settings.normalize)
@@ -258,11 +276,11 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model
     return Model(encoder, tokenizer, settings.query_prompt, settings.passage_prompt, longest, Path(path).name)
 
 
-def _local_folder(path: str) -> Path:
-    """The model's folder; a hub id is fetched into the hub's own cache first."""
+def local_folder(path: str, key: str = "model") -> Path:
+    """The model's folder; a hub id is fetched into the hub's own cache first. Raises UserError naming the `key`."""
     if os.path.isdir(path):
         if not (Path(path) / "config.json").is_file():
-            raise UserError(f"model={path}: the folder has no config.json; give the folder of an exported model")
+            raise UserError(f"{key}={path}: the folder has no config.json; give the folder of an exported model")
         return Path(path)
     from huggingface_hub import snapshot_download
 
@@ -270,7 +288,7 @@ def _local_folder(path: str) -> Path:
         return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.h5", "*.onnx", "*.msgpack", "*.py", "*.pt"]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model={path}: no such folder, and not to be had from the hub: {reason}") from None
+        raise UserError(f"{key}={path}: no such folder, and not to be had from the hub: {reason}") from None
 
 
 @dataclass(frozen=True)
