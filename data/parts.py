@@ -11,20 +11,22 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from data.errors import UserError
 from data.index import sync_folder
+from data.order import differences
 
 _log = logging.getLogger("quintet")
 
 _PLAN, _LOCK, _PARTIAL = "plan.json", ".lock", ".partial"
-_SHOWN = 60  # characters of a value in a message
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -53,6 +55,20 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """np.save for any name, and with the system's own word when it fails, which np.save hides."""
+    array = np.ascontiguousarray(array)
+    with open(path, "wb") as file:
+        array_header(file, array.dtype, array.shape)
+        file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def array_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Begin a .npy file: the rows follow as plain bytes."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _sync(path: Path) -> None:
@@ -106,9 +122,10 @@ class Parts:
         """Finish a part: `write` leaves it at the path it is called with; see `write_whole`, and its errors."""
         write_whole(self.path(name), write)
 
-    def discard(self, name: str) -> None:
-        """Remove a part that later parts have replaced; one that is not there is no error."""
-        self.path(name).unlink(missing_ok=True)
+    def discard(self, *names: str) -> None:
+        """Remove parts that a later one has replaced; those that are not there are no error."""
+        for name in names:
+            self.path(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder, when the result is where it belongs."""
@@ -137,7 +154,9 @@ class Parts:
                 "another output"
             )
         if found is not None and found != wanted:
-            _log.warning("%s: begun with %s; starting anew", self.folder, _changes(found, wanted))
+            _log.warning(
+                "%s: begun with other settings (%s); starting anew", self.folder, "; ".join(differences(found, wanted))
+            )
             # The old plan goes last: killed in between, it still describes what is left.
             _clear(self.folder, lambda path: path.name not in (_LOCK, _PLAN))
         else:
@@ -163,12 +182,13 @@ def _lock(folder: Path) -> int:
     return handle
 
 
-def _read_plan(folder: Path) -> Any:
+def _read_plan(folder: Path) -> dict[str, Any] | None:
     """The plan of a folder; None when it has none."""
     try:
-        return orjson.loads((folder / _PLAN).read_bytes())
+        plan = orjson.loads((folder / _PLAN).read_bytes())
     except (FileNotFoundError, orjson.JSONDecodeError):
         return None
+    return plan if isinstance(plan, dict) else None
 
 
 def _is_partial(path: Path) -> bool:
@@ -181,26 +201,3 @@ def _clear(folder: Path, chosen: Callable[[Path], bool]) -> None:
         if chosen(path):
             with suppress(FileNotFoundError):  # it went with its folder
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _changes(old: Any, new: Any) -> str:
-    """What differs between two plans, as text."""
-    before, after = dict(_flat(old)), dict(_flat(new))
-    names = [name for name in [*before, *after] if before.get(name) != after.get(name)]
-    return ", ".join(
-        f"{name} {_shown(before.get(name))} (now {_shown(after.get(name))})" for name in dict.fromkeys(names)
-    )
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested objects with their dotted names."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
-
-
-def _shown(value: Any) -> str:
-    text = orjson.dumps(value).decode()
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

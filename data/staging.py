@@ -30,7 +30,7 @@ def staged(output: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
             system refuses.
     """
     output = output.expanduser().absolute()
-    _check(output, overwrite, mark)
+    check_output(output, overwrite, mark)
     partial = output.with_name(f".{output.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def staged(output: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
             try:
                 _clear(partial)
                 yield partial
-                _publish(partial, output)
+                publish(partial, output)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -46,7 +46,8 @@ def staged(output: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
         raise UserError(f"output={output}: cannot be written ({reason}); make room or name another folder") from error
 
 
-def _check(output: Path, overwrite: bool, mark: str) -> None:
+def check_output(output: Path, overwrite: bool, mark: str) -> None:
+    """Raise UserError when an output is there that may not be replaced; see `staged`."""
     if not output.exists():
         return
     if not output.is_dir():
@@ -82,8 +83,8 @@ def _clear(partial: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _publish(partial: Path, output: Path) -> None:
-    """Rename the folder into place; an old output is moved away first and removed last."""
+def publish(partial: Path, output: Path) -> None:
+    """Rename a finished folder into place; an old output is moved away first and removed last."""
     old = output.with_name(f".{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():

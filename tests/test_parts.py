@@ -53,7 +53,7 @@ def test_another_plan_clears_the_folder_and_the_log_names_what_changed(
     with caplog.at_level(logging.WARNING, "quintet"):
         parts = Parts(tmp_path / "work", {"model": "a1", "settings": {"top_k": 3, "seed": 0}})
     assert not parts.has("inner/block-0")
-    assert "settings.top_k 2 (now 3)" in caplog.text
+    assert "settings.top_k 2 -> 3" in caplog.text
     assert "seed" not in caplog.text
     parts.close()
 

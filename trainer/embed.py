@@ -6,14 +6,18 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+import xxhash
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import NumericError, UserError
 from data.tokens import Ragged, TextEncoder, concat
+from data.tokens import fingerprint as tokenizer_fingerprint
 from trainer import checkpoint
 from trainer.encoder import Encoder, Model, open_model
 from trainer.gradcache import Rows, pad, plan
@@ -22,6 +26,13 @@ log = logging.getLogger("quintet")
 
 TOKENS_PER_CHUNK = 16_384
 _TEXTS_PER_PIECE = 16_384  # tokenised at once: the tokenizer's own records take some hundred bytes a token
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress(Protocol):
+    """Told of every further number of texts done (where texts are counted in pairs: parts of one), and their tokens."""
+
+    def __call__(self, texts: float, tokens: int = 0) -> None: ...
 
 
 def encode(
@@ -32,7 +43,7 @@ def encode(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     agree_max: Callable[[int], int] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Embed n texts, without dropout and gradients: fp32 [n, D] on the host, in the order given.
 
@@ -43,7 +54,7 @@ def encode(
         precision: fp32, or bf16 for autocast.
         agree_max: where a forward is a collective (ZeRO-3), the largest of all ranks' values: ranks with fewer
             chunks then run one-token chunks for the rest.
-        progress: called with the number of texts done after every chunk.
+        progress: called after every chunk.
     """
     chunks = plan(tokens.lengths, tokens_per_chunk)
     rounds = agree_max(len(chunks)) if agree_max else len(chunks)
@@ -57,7 +68,7 @@ def encode(
             for rows in chunks:
                 vectors[torch.from_numpy(rows)] = _forward(encoder, tokens, rows, device).cpu()
                 if progress:
-                    progress(len(rows))
+                    progress(len(rows), int(tokens.lengths[rows].sum()))
             for _ in range(rounds - len(chunks)):
                 one = torch.zeros(1, 1, dtype=torch.int64, device=device)
                 encoder(one, one == 0)
@@ -85,7 +96,7 @@ def encode_texts(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     agree_max: Callable[[int], int] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Embed prompt + text for every text, cut to the model's length: fp32 [n, D] on the host.
 
@@ -134,19 +145,135 @@ def _model_of_run(run_dir: Path) -> Path:
     return newest.folder / "model"
 
 
-@contextmanager
-def progress_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show how many of `total` are done: a bar on a terminal, and one line at the end.
+@dataclass(frozen=True, eq=False)
+class Embedder:
+    """A model and how it is run: texts, prompts included, to vectors."""
 
-    Yields the function to call with every further number done.
+    model: Model
+    device: torch.device
+    precision: str = "fp32"
+    tokens_per_chunk: int = TOKENS_PER_CHUNK
+
+    def __call__(self, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
+        """fp32 [n, D] on the host, in the order given. Raises NumericError when one is not finite."""
+        return self._checked(
+            encode_texts(
+                self.model,
+                texts,
+                tokens_per_chunk=self.tokens_per_chunk,
+                device=self.device,
+                precision=self.precision,
+                progress=progress,
+            )
+        )
+
+    def tokens(self, tokens: Ragged, progress: Progress | None = None) -> Tensor:
+        """The same for texts that are token ids already."""
+        return self._checked(
+            encode(
+                self.model.encoder,
+                tokens,
+                tokens_per_chunk=self.tokens_per_chunk,
+                device=self.device,
+                precision=self.precision,
+                progress=progress,
+            )
+        )
+
+    def _checked(self, vectors: Tensor) -> Tensor:
+        if not torch.isfinite(vectors).all():
+            raise NumericError(
+                f"model={self.model.name}: it gives vectors with NaN or infinity; its weights are broken"
+            )
+        return vectors
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides a vector, down to its last bits, as plain data for plans and reports."""
+        model = self.model
+        return {
+            "weights": weights_hash(model),
+            "tokenizer": tokenizer_fingerprint(model.tokenizer),
+            "query_prompt": model.query_prompt,
+            "passage_prompt": model.passage_prompt,
+            "max_length": model.max_length,
+            "pooling": model.pooling,
+            "normalize": model.normalize,
+            "precision": self.precision,
+            "tokens_per_chunk": self.tokens_per_chunk,
+            "device": self.device.type,
+        }
+
+
+def weights_hash(model: Model) -> str:
+    """XXH3 of the encoder's names and weights, in hex."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Rate:
+    """Texts and tokens a second, and the time left, of work whose size is known."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.tokens = total, 0.0, 0
+        self._begin = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begin
+
+    def add(self, texts: float, tokens: int = 0) -> None:
+        self.done += texts
+        self.tokens += tokens
+
+    def __str__(self) -> str:
+        seconds = max(self.seconds, 1e-9)
+        rates = [f"{_short(self.done / seconds)} a second"]
+        if self.tokens:
+            rates.append(f"{_short(self.tokens / seconds)} tokens a second")
+        if 0 < self.done < self.total:
+            rates.append(f"{_clock((self.total - self.done) * seconds / self.done)} left")
+        return ", ".join(rates)
+
+
+def _short(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+
+
+def _clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+@contextmanager
+def progress_bar(total: int, what: str) -> Iterator[Progress]:
+    """Show how many of `total` are done, at what rate, and the time left.
+
+    A bar on a terminal; elsewhere a line every few seconds; and a line at the end. Yields the function to call with
+    every further number done, and with the tokens of those texts.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
 
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    begin = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
-    log.info("%s: %d in %.1f s", what, total, time.perf_counter() - begin)
+    rate, console = Rate(total), Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    last = time.monotonic()
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what, total=total, rate="")
+
+        def advance(texts: float, tokens: int = 0) -> None:
+            nonlocal last
+            rate.add(texts, tokens)
+            bars.update(task, advance=texts, rate=str(rate))
+            if not console.is_terminal and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                log.info("%s: %s of %s, %s", what, f"{rate.done:,.0f}", f"{total:,}", rate)
+
+        yield advance
+    log.info("%s: %s in %.1f s, %s", what, f"{total:,}", rate.seconds, rate)

@@ -113,9 +113,11 @@ def _about(config: Config, model: Model, device: torch.device, notes: list[str],
     """What has to be known to get the same numbers again."""
     from importlib.metadata import version
 
+    from trainer.embed import weights_hash
+
     return {
         "model": config.model,
-        "weights_xxh3_128": _weights_hash(model),
+        "weights_xxh3_128": weights_hash(model),
         "pooling": model.pooling,
         "normalize": model.normalize,
         "query_prompt": model.query_prompt,
@@ -132,17 +134,6 @@ def _about(config: Config, model: Model, device: torch.device, notes: list[str],
         "seconds": round(seconds, 1),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _weights_hash(model: Model) -> str:
-    import torch
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _write(output: Path, results: dict[str, Result], about: dict[str, Any]) -> None:

@@ -117,39 +117,61 @@ def _limited(data: RetrievalSet, limit: int, seed: int) -> RetrievalSet:
 
 
 def corpus(path: str) -> list[str]:
-    """The distinct texts of a file or folder, in order: something to search in.
-
-    A text file has one on each line, a JSONL file one in each row's `text` (after its `title`, if any) or `passage`,
-    a BEIR folder one for each document.
+    """The distinct texts of `documents`, normalised, in order: something to search in.
 
     Raises:
         UserError: there is no such file, or no text in it.
     """
-    place = Path(path)
-    if not place.exists():
-        raise UserError(f"input={path}: no such file or folder; give a text file, a JSONL file or a BEIR folder")
-    if place.is_dir():
-        texts = [_document(row) for _, row in _objects(_member(place, "corpus"))]
-    elif place.name.endswith(SUFFIXES):
-        texts = [_text_of(line, f"{path}, line {number}") for number, line in _lines(place)]
-    else:
-        texts = [_utf8(line, f"{path}, line {number}") for number, line in _lines(place)]
-    found = list(dict.fromkeys(text for text in map(normalise, texts) if text))
+    found = list(dict.fromkeys(text for text in map(normalise, (text for _, text in documents(path))) if text))
     if not found:
         raise UserError(f"input={path}: there is no text in it")
     return found
 
 
-def _text_of(line: bytes, where: str) -> str:
+def documents(path: str, side: str = "passage") -> Iterator[tuple[str, str]]:
+    """(id, text) of everything in a file or folder, one by one, in order.
+
+    A text file has one text on each line, a JSONL file one in each row's `text` (after its `title`, if any), or in its
+    `passage` or `query`, whichever is the side; a BEIR folder has one for each document or query. The id is the
+    row's `_id` or `id`, else the number of the line. Empty lines are passed over.
+
+    Raises:
+        UserError: there is no such file, or a row is no text.
+    """
+    place = documents_file(path, side)
+    where = f"{place}, line"
+    if Path(path).is_dir():
+        for key, row in _objects(place):
+            yield key, _document(row)
+    elif place.name.endswith(SUFFIXES):
+        for number, line in _lines(place):
+            yield _identified(line, number, side, f"{where} {number}")
+    else:
+        for number, line in _lines(place):
+            yield str(number), _utf8(line, f"{where} {number}")
+
+
+def documents_file(path: str, side: str = "passage") -> Path:
+    """The file that `documents` reads. Raises UserError when there is none."""
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"input={path}: no such file or folder; give a text file, a JSONL file or a BEIR folder")
+    return _member(place, "queries" if side == "query" else "corpus") if place.is_dir() else place
+
+
+def _identified(line: bytes, number: int, side: str, where: str) -> tuple[str, str]:
+    """The id and the text of a JSONL row."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise UserError(f"{where}: no JSON: {error}") from None
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return _document(row)
-    if isinstance(row, dict) and isinstance(row.get("passage"), str):
-        return str(row["passage"])
-    raise UserError(f"{where}: a row is an object with a `text` or a `passage`")
+    if isinstance(row, dict):
+        key = row.get("_id") or row.get("id") or number
+        if isinstance(row.get("text"), str):
+            return str(key), _document(row)
+        if isinstance(row.get(side), str):
+            return str(key), row[side]
+    raise UserError(f"{where}: a row is an object with a `text` or a `{side}`")
 
 
 def _utf8(line: bytes, where: str) -> str:
