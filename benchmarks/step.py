@@ -60,7 +60,7 @@ class Case:
 NATURAL = Case()
 EQUAL = Case(lengths="equal", budgets=())  # a budget of tokens is a number of texts there
 # XLM-R's own vocabulary: the gradient of its table, 192 MB a mini-batch, makes small mini-batches dear.
-LARGE = Case(vocabulary=250_002, sizes=(8, 16, 32, 64), budgets=(2048, 4096, 8192), chunks=(1024, 2048, 4096, 8192))
+LARGE = Case(vocabulary=250_002, sizes=(8, 16, 32), budgets=(2048, 4096), chunks=(1024, 2048, 4096), repeats=3)
 CASES = {"natural lengths": NATURAL, "equal lengths": EQUAL, "large vocabulary": LARGE}
 QUICK = Case(pairs=16, vocabulary=500, layers=1, hidden=32, sizes=(4, 32), budgets=(512,), chunks=(256,), repeats=1)
 
@@ -70,10 +70,11 @@ DEFAULT: Peer = ("mini_batch_size", 32)
 
 def measure(quick: bool = False) -> dict[str, Any]:
     """Every case: the gate, the search, the alternation; then peak memory in child processes."""
-    cases = (
-        {"small": QUICK} if quick else {"natural lengths": NATURAL, "equal lengths": EQUAL, "large vocabulary": LARGE}
-    )
-    results = {name: in_child(_compare, case) for name, case in cases.items()}
+    cases = {"small": QUICK} if quick else CASES
+    results = {}
+    for name, case in cases.items():
+        print(f"step: {name} ...", flush=True)
+        results[name] = in_child(_compare, case)
     (first, compared), *_ = results.items()
     memory = _memory_rows(cases[first], compared["chosen"])
     tables = [table(f"step, {name}: {_describe(cases[name])}", found["rows"]) for name, found in results.items()]
