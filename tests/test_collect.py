@@ -603,7 +603,7 @@ def test_wrong_keys_are_told_with_their_mend() -> None:
     assert config.check() == [
         "sources=djang: no such source; did you mean django?",
         "languages=zh_CN: not the BCP-47 tag pairs are labelled with; write zh-Hans",
-        "versions.django=6: not a package of sources; remove it",
+        "versions.django=6: not a package that is fetched here; remove it",
     ]
     assert collect.Config(output="x", languages=["zh", "pt-BR", "sr-Latn"]).check() == []
     assert "nothing to collect" in collect.Config(output="x", sources=[]).check()[0]
