@@ -82,9 +82,14 @@ class PairEncoder:
         return _cut(body, np.minimum(body.lengths, self.settings.max_query_length))
 
     def passages(self, texts: Sequence[str]) -> Ragged:
-        """The passages' own ids, not cut, for `join`."""
+        """The passages' own ids for `join`, which cuts them to fit."""
         before, after = self._around_passage
-        return self._encoder.body([before + text + after for text in texts])
+        body = self._encoder.body([before + text + after for text in texts])
+        return _cut(body, np.minimum(body.lengths, self.settings.max_length))
+
+    def lengths(self, queries: NDArray[np.int32], passages: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The lengths of the rows that `join` makes of queries and passages of such lengths."""
+        return np.minimum(queries + passages + np.int32(self._specials), np.int32(self.settings.max_length))
 
     def join(self, queries: Ragged, passages: Ragged) -> Ragged:
         """Row i is the i-th query with the i-th passage, the passage cut to fit, and the special tokens."""

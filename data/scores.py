@@ -100,7 +100,7 @@ class ScoreCache:
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         self.folder, self.fingerprint = Path(folder) / fingerprint, fingerprint
         self.repeated, self.spread = 0, 0.0
-        self._read: set[str] = set()
+        self._read: frozenset[str] = frozenset()
         self._tables: tuple[_Rows, ...] = ()  # replaced at once: other threads may be looking something up
 
     def __len__(self) -> int:
@@ -108,9 +108,9 @@ class ScoreCache:
         return sum(map(len, self._tables))
 
     @property
-    def num_segments(self) -> int:
-        """Files that have been read."""
-        return len(self._read)
+    def segments(self) -> frozenset[str]:
+        """The names of the files that have been read."""
+        return self._read
 
     def load(self) -> int:
         """Read every segment; returns the number of pairs. A folder that is not there yet has none.
@@ -133,11 +133,11 @@ class ScoreCache:
             raise DataError(_bad_segments(self.folder, bad, len(names)))
         before = len(self)
         self._add([rows for rows in found if isinstance(rows, _Rows)])
-        self._read.update(names)
+        self._read |= set(names)
         return len(self) - before
 
     def add(self, rows: Scores) -> None:
-        """Take scores that this process has just computed, as if they had been read."""
+        """Take rows as if they had been read; nothing is written."""
         self._add([_Rows.of(rows)])
 
     def lookup(self, query_hash: Hashes, passage_hash: Hashes) -> tuple[Logits, NDArray[np.bool_]]:

@@ -53,6 +53,11 @@ STAGES = {
         "deepspeed --no_python --no_local_rank quintet pretrain --config configs/pretrain/small.yaml data=shards",
         {"objective": "contrastive"},
     ),
+    "distill": Stage(
+        "trainer.distill",
+        "a teacher's scores of mined pairs into the score cache; start as many workers as you like",
+        "quintet distill teacher=run/teacher/model data=mined scores=scores precision=bf16",
+    ),
     "evaluate": Stage(
         "trainer.evaluate",
         "retrieval quality on held-out pairs and BEIR folders, with BM25 beside it",

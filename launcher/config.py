@@ -86,7 +86,8 @@ def _load(
     sources.problems += _limit_problems(resolved, sources)
     if not sources.problems:
         config = schema.build(config_class, resolved, unresolved)
-        sources.problems += config.check() if hasattr(config, "check") else []
+        # a key may be called check too: `quintet distill check=true`
+        sources.problems += config.check() if callable(getattr(config_class, "check", None)) else []
     if sources.problems:
         raise ConfigError(sources.problems)
     return _Loaded(config, written, resolved)

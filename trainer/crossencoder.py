@@ -141,14 +141,15 @@ def open_teacher(
     path: str,
     device: torch.device | str = "cpu",
     *,
-    template: PairTemplate | None = None,
+    query: str | None = None,
+    passage: str | None = None,
     max_length: int = 0,
     max_query_length: int = 0,
 ) -> Teacher:
     """Open a re-ranker: a folder that `quintet teacher` wrote, a transformers folder, or a hub id.
 
-    Template and lengths are read from the folder; what is given here stands instead. A folder that says nothing gets
-    the bare texts and 192 tokens, half of them at most for the query.
+    Its template (`query`, `passage`) and lengths are read from the folder; what is given here stands instead. A folder
+    that says nothing gets the bare texts and 192 tokens, half of them at most for the query.
 
     Raises:
         UserError: there is no such model, it is no re-ranker with one label, or it cannot read rows so long.
@@ -166,7 +167,7 @@ def open_teacher(
     settings = read_settings(folder) or PairSettings(PairTemplate(), min(MAX_LENGTH, encoder.max_positions), 0)
     settings = replace(
         settings,
-        template=template or settings.template,
+        template=_changed(settings.template, query, passage),
         max_length=max_length or settings.max_length,
         # the query's share is kept where only the whole is changed
         max_query_length=max_query_length or (0 if max_length else settings.max_query_length),
@@ -183,6 +184,11 @@ def open_teacher(
         template=settings.template,
     )
     return Teacher(encoder, pairs, Path(path).name, int(tokenizer.pad_token_id or 0))
+
+
+def _changed(template: PairTemplate, query: str | None, passage: str | None) -> PairTemplate:
+    texts = {"query": query, "passage": passage}
+    return replace(template, **{name: text for name, text in texts.items() if text is not None})
 
 
 def fingerprint(teacher: Teacher) -> str:

@@ -21,7 +21,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -208,8 +208,18 @@ def commit() -> str | None:
         return None
 
 
+@dataclass(frozen=True)
+class _Sight:
+    """What is known of another process's lease: its last renewal, seen at `since`; whether the process lives."""
+
+    owner: dict[str, Any]
+    renewed: int
+    since: float
+    lives: bool | None
+
+
 class Lease:
-    """The right of one job to work in a run folder: lease.json, renewed by a thread while the job lives.
+    """The right of one process to work on something: a file, lease.json in a run folder, renewed while it lives.
 
     Where the owner shares our process table, a lease is stale when its process is gone. Elsewhere (another host, a
     container) it is watched: one that is renewed is alive, one that is not for `limit_seconds` is stale. No clock of
@@ -220,11 +230,12 @@ class Lease:
         self,
         run_dir: str | Path,
         *,
+        file: str = "lease.json",
         renew_seconds: float = 10.0,
         limit_seconds: float = 60.0,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._path = Path(run_dir) / "lease.json"
+        self._path = Path(run_dir) / file
         self._owner = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -235,24 +246,51 @@ class Lease:
         }
         self._renew_seconds, self._limit_seconds, self._sleep = renew_seconds, limit_seconds, sleep
         self._stop = threading.Event()
+        self._other: _Sight | None = None
         self.lost = False
 
     def __enter__(self) -> Self:
         """Take the lease. Raises UserError naming the host, process and age of a job that works here."""
-        while not self._create():
-            other = self._read()
-            if other is None:
-                continue  # given back in between
-            if self._alive(other):
-                raise UserError(self._refusal(other))
-            log.warning("%s: taken over from process %s on %s, which is gone", self._path, other["pid"], other["host"])
-            self._set_aside(other)
-        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+        waited = 0.0
+        while not self.attempt(waited):
+            assert self._other is not None
+            owner = self._other.owner
+            if self._other.lives:
+                raise UserError(self._refusal(owner))
+            if not waited:
+                who = f"process {owner['pid']} on {owner['host']}"
+                log.info("%s: held by %s; waiting for a sign of life", self._path, who)
+            self._sleep(1.0)
+            waited += 1.0
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.give_back()
+
+    def attempt(self, now: float) -> bool:
+        """Take the lease if it is free or stale, and say whether it is ours now; never waits.
+
+        Args:
+            now: seconds on any clock of the caller's, which later attempts go on with: a lease of another machine is
+                stale when attempts `limit_seconds` apart find it unchanged.
+        """
+        while not self._create():
+            owner = self._read()
+            if owner is None:
+                continue  # given back in between
+            self._other = self._watch(owner, now)
+            if self._other.lives is not False:
+                return False
+            log.warning("%s: taken over from process %s on %s, which is gone", self._path, owner["pid"], owner["host"])
+            self._set_aside(owner)
+        self._stop, self.lost = threading.Event(), False
+        threading.Thread(target=self._renew, args=(self._stop,), name="lease", daemon=True).start()
+        return True
+
+    def give_back(self) -> None:
+        """Let others take the lease, unless somebody has."""
         self._stop.set()
         if self._is_ours():
             self._path.unlink(missing_ok=True)
@@ -264,7 +302,9 @@ class Lease:
         except FileExistsError:
             return False
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror}); choose another run_dir") from None
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}); make room or choose another folder"
+            ) from None
         return True
 
     def _read(self) -> dict[str, Any] | None:
@@ -283,16 +323,16 @@ class Lease:
         except FileNotFoundError:
             return False
 
-    def _alive(self, other: Mapping[str, Any]) -> bool:
-        if other["process_table"] and other["process_table"] == self._owner["process_table"]:
-            return _process_start(other["pid"]) == other["process_start"]
-        log.info("%s: held by process %s on %s; waiting for a sign of life", self._path, other["pid"], other["host"])
-        seen = self._renewed()
-        for _ in range(round(self._limit_seconds)):
-            self._sleep(1.0)
-            if (now := self._renewed()) != seen:
-                return now > 0  # 0: it was given back
-        return False
+    def _watch(self, owner: dict[str, Any], now: float) -> _Sight:
+        """Look at another's lease, remembering when it was last seen to change."""
+        if owner["process_table"] and owner["process_table"] == self._owner["process_table"]:
+            return _Sight(owner, 0, now, _process_start(owner["pid"]) == owner["process_start"])
+        renewed, before = self._renewed(), self._other
+        if before is None or before.owner["token"] != owner["token"] or not renewed:
+            return _Sight(owner, renewed, now, None)
+        if renewed != before.renewed:
+            return _Sight(owner, renewed, now, True)
+        return replace(before, lives=False) if now - before.since >= self._limit_seconds else before
 
     def _renewed(self) -> int:
         """The lease's last renewal: its time of change, read through an open file, which network disks keep fresh."""
@@ -321,12 +361,12 @@ class Lease:
             aside.rename(self._path)
         aside.unlink(missing_ok=True)
 
-    def _renew(self) -> None:
-        while not self._stop.wait(self._renew_seconds):
+    def _renew(self, stop: threading.Event) -> None:
+        while not stop.wait(self._renew_seconds):
             try:
                 if not self._is_ours():
                     self.lost = True
-                    log.error("%s: another job has taken over this run folder", self._path)
+                    log.error("%s: another process has taken it over", self._path)
                     return
                 os.utime(self._path)
             except OSError as error:
