@@ -1,0 +1,112 @@
+"""Where the negatives of a row come from: all passages, or those of its own source, or of its source and language.
+
+Within a pool, passages are known by their place, 0 .. len(pool) - 1. A pool is what trainer/topk.py searches: a slice
+of it is read from disk when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data import scan
+from data.mixture import Mixture
+from data.parts import save_array
+from data.reading import Policy
+from data.records import text_hash
+from trainer.corpus import Passages, Vectors
+
+Ints = NDArray[np.int64]
+
+WITHIN = ("all", "source", "language")
+_UNIT = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Some passages with their vectors; `members` are their numbers, rising, or None for all of them."""
+
+    passages: Passages
+    vectors: Vectors
+    members: Ints | None = None
+
+    dtype = torch.float32
+
+    def __len__(self) -> int:
+        return len(self.passages) if self.members is None else len(self.members)
+
+    def __getitem__(self, places: slice | Ints) -> Tensor:
+        """fp32 [n, D]: the vectors of some places."""
+        return self.vectors[places if self.members is None else self.members[places]]
+
+    def numbers(self, places: Ints) -> Ints:
+        """The passages at some places."""
+        return places if self.members is None else self.members[places]
+
+    def hashes(self, places: Ints) -> Ints:
+        """The text hashes of some places."""
+        return self.passages.hashes[self.numbers(places)]
+
+    def places_of(self, hashes: Ints) -> Ints:
+        """The place of each text, -1 where it is not in the pool."""
+        numbers = self.passages.numbers_of(hashes)
+        if self.members is None:
+            return numbers
+        places = np.searchsorted(self.members, numbers).clip(max=len(self.members) - 1)
+        return np.where(self.members[places] == numbers, places, -1)
+
+
+class Pools:
+    """The pools of a data set.
+
+    Args:
+        passages, vectors: the collection.
+        groups: a file of `write_groups`; None for one pool of everything.
+        within: one of WITHIN, as the file was written with.
+    """
+
+    def __init__(self, passages: Passages, vectors: Vectors, groups: Path | None = None, within: str = "all") -> None:
+        self.everything = Pool(passages, vectors)
+        self._within = within
+        self._groups: Ints | None = None if groups is None else np.load(groups, mmap_mode="r")
+
+    def of(self, source: int, table: pa.Table) -> Iterator[tuple[Pool, Ints]]:
+        """Every pool that rows of a source take their negatives from, and those rows."""
+        if self._groups is None:
+            yield self.everything, np.arange(len(table))
+            return
+        codes = _codes(source, table, self._within)
+        for code in np.unique(codes):
+            start, stop = np.searchsorted(self._groups[:, 0], [code, code + 1])
+            members = np.ascontiguousarray(self._groups[start:stop, 1])
+            yield replace(self.everything, members=members), np.flatnonzero(codes == code)
+
+
+def write_groups(path: Path, mixture: Mixture, passages: Passages, within: str, policy: Policy = "strict") -> None:
+    """Sort the passages of all records by the pools they belong to: int64 [x, 2], (pool, passage)."""
+    pieces = [np.empty((0, 2), np.int64)]
+    for unit in scan.units(mixture, _UNIT):
+        for _, table in scan.tables(mixture, unit, ["passage_hash", "lang"], policy=policy):
+            numbers = passages.numbers_of(table["passage_hash"].to_numpy())
+            pieces.append(np.stack([_codes(unit.source, table, within), numbers], axis=1))
+    pairs = np.concatenate(pieces)
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    fresh = np.ones(len(pairs), np.bool_)
+    fresh[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
+    save_array(path, pairs[fresh])
+
+
+def _codes(source: int, table: pa.Table, within: str) -> Ints:
+    """int64 [n]: the pool of each row."""
+    if within == "source":
+        return np.full(len(table), source)
+    code = cache(lambda lang: text_hash(f"{source}/{lang}"))
+    return np.fromiter(map(code, table["lang"].to_pylist()), np.int64, len(table))
