@@ -36,7 +36,7 @@ def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     rows = teacher.pairs.encode(QUERIES, PASSAGES)
     columns = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
     assert rows.lists() == [ids[: sum(mask)] for ids, mask in columns], "no query is cut"
-    logits = encode(teacher.encoder, rows, tokens_per_chunk=90)  # type: ignore[arg-type]
+    logits = encode(teacher.encoder, rows, tokens_per_chunk=90)
     assert wanted.std() > 0.1
     torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
 
@@ -44,9 +44,9 @@ def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
 def test_token_types_reach_the_model(tmp_path: Path) -> None:
     teacher = open_teacher(str(teachers.bert(tmp_path)))
     rows = teacher.pairs.encode(QUERIES, PASSAGES)
-    typed = encode(teacher.encoder, rows)  # type: ignore[arg-type]
+    typed = encode(teacher.encoder, rows)
     teacher.encoder.separator = None
-    assert (encode(teacher.encoder, rows) - typed).abs().max() > 0.01  # type: ignore[arg-type]
+    assert (encode(teacher.encoder, rows) - typed).abs().max() > 0.01
 
 
 def test_an_encoder_gets_a_head_and_keeps_its_weights(tmp_path: Path) -> None:

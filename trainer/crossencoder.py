@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from data.errors import UserError
 from data.pairing import PairEncoder, PairSettings, PairTemplate, read_settings, separator
 from data.tokens import load_tokenizer
+from trainer.embed import weights_hash
 from trainer.encoder import first_position, load_weights, local_folder
 
 MAX_LENGTH = 192  # of SimLM's re-ranker
@@ -193,14 +194,11 @@ def _changed(template: PairTemplate, query: str | None, passage: str | None) -> 
 
 def fingerprint(teacher: Teacher) -> str:
     """What names a teacher's scores: a hash of its weights, its architecture, its tokenizer and how rows are made."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(teacher.encoder.backbone.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     config = {key: value for key, value in _plain(teacher.encoder.backbone.config).items() if key not in _ORIGIN}
-    settings = [config, teacher.pairs.tokenizer_fingerprint, teacher.pairs.settings]
-    digest.update(orjson.dumps(settings, default=str, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS))
-    return digest.hexdigest()
+    facts = [weights_hash(teacher.encoder), config, teacher.pairs.tokenizer_fingerprint, teacher.pairs.settings]
+    return xxhash.xxh3_128_hexdigest(
+        orjson.dumps(facts, default=str, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    )
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainer.crossencoder import Teacher
     from trainer.scoring import Shard, Worker
 
-log = logging.getLogger("quintet")
+_log = logging.getLogger("quintet")
 
 _STOP_FILE = "STOP"
 
@@ -97,10 +97,10 @@ def _about_the_cache(config: Config, known: ScoreCache) -> None:
     from data.scores import fingerprints
 
     known.load()
-    log.info("teacher %s: %s scores in %s", config.teacher, f"{len(known):,}", known.folder)
+    _log.info("teacher %s: %s scores in %s", config.teacher, f"{len(known):,}", known.folder)
     others = [name for name in fingerprints(config.scores) if name != known.fingerprint]
     if others and not len(known):
-        log.warning(
+        _log.warning(
             "scores=%s holds scores of other teachers (%s) and none of this one (%s): another model, tokenizer, "
             "template or length is another teacher",
             config.scores,
@@ -155,7 +155,7 @@ def _shards(config: Config) -> list[tuple[str, list[Shard]]]:
     except UserError as error:
         if not config.follow or config.check:
             raise
-        log.info("waiting for data: %s", error)
+        _log.info("waiting for data: %s", error)
         return []
     return [(source.name, shards_of(source)) for source in sources]
 
@@ -183,7 +183,7 @@ def _print_tally(worker: Worker) -> None:
     head = ["shards", "records", "pairs", "found", "scored"]
     print(table([*head, "rate"], [[*(f"{number:,}" for number in numbers), str(worker.rate)]]))
     if tally.bare:
-        log.warning("%d of %d records have no negatives: only their own pair was scored", tally.bare, tally.records)
+        _log.warning("%d of %d records have no negatives: only their own pair was scored", tally.bare, tally.records)
 
 
 # --- the check ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.errors import NumericError, UserError
 from data.tokens import Ragged, TextEncoder, concat
@@ -192,7 +192,7 @@ class Embedder:
         """Everything that decides a vector, down to its last bits, as plain data for plans and reports."""
         model = self.model
         return {
-            "weights": weights_hash(model),
+            "weights": weights_hash(model.encoder),
             "tokenizer": tokenizer_fingerprint(model.tokenizer),
             "query_prompt": model.query_prompt,
             "passage_prompt": model.passage_prompt,
@@ -205,10 +205,10 @@ class Embedder:
         }
 
 
-def weights_hash(model: Model) -> str:
-    """XXH3 of the encoder's names and weights, in hex."""
+def weights_hash(module: nn.Module) -> str:
+    """XXH3 of a module's names and weights, in hex."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.encoder.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -234,7 +234,7 @@ class Rate:
         rates = [f"{_short(self.done / seconds)} a second"]
         if self.tokens:
             rates.append(f"{_short(self.tokens / seconds)} tokens a second")
-        if 0 < self.done < self.total:
+        if 0 < self.done < self.total - 0.5:
             rates.append(f"{_clock((self.total - self.done) * seconds / self.done)} left")
         return ", ".join(rates)
 

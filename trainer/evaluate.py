@@ -117,7 +117,7 @@ def _about(config: Config, model: Model, device: torch.device, notes: list[str],
 
     return {
         "model": config.model,
-        "weights_xxh3_128": weights_hash(model),
+        "weights_xxh3_128": weights_hash(model.encoder),
         "pooling": model.pooling,
         "normalize": model.normalize,
         "query_prompt": model.query_prompt,
