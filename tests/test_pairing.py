@@ -59,8 +59,9 @@ def test_texts_go_into_the_template() -> None:
 
 
 def test_braces_of_a_text_are_text() -> None:
-    rows = PairEncoder(tiny.wordpiece(), 64).encode(["{passage} {query}"], ["{query} {0}"]).lists()
-    assert rows == [tiny.wordpiece()("{passage} {query}", "{query} {0}")["input_ids"]]
+    tokenizer = tiny.wordpiece()
+    rows = PairEncoder(tokenizer, 64).encode(["{passage} {query}"], ["{query} {0}"]).lists()
+    assert rows == [tokenizer("{passage} {query}", "{query} {0}")["input_ids"]]
 
 
 def test_bodies_that_occur_in_several_rows_are_tokenised_once() -> None:
