@@ -8,6 +8,8 @@
         weight: 3                  # in every source or in none
         symmetric: false           # stands for the records' own flag
         instruction: Find ...      # for records that have none
+        in_batch_negatives: false  # a query sees its own passage and hard negatives alone (default true)
+        scores: false              # not asked of the teacher: the contrastive term alone (default true)
 
 Every folder given directly is divided into the sources that its index names.
 """
@@ -18,7 +20,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +38,7 @@ from data.shards import Policy, load_index
 log = logging.getLogger("quintet")
 
 _KEYS = ("homogeneous", "alpha", "sources")
-_SOURCE_KEYS = ("shards", "weight", "symmetric", "instruction")
+_SOURCE_KEYS = ("shards", "weight", "symmetric", "instruction", "in_batch_negatives", "scores")
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -50,6 +52,8 @@ class Source:
         weight: its share of the training records, relative to the other sources' weights.
         symmetric: stands for the records' own flag, when not None.
         instruction: for records that have none.
+        in_batch_negatives: whether other records' passages are negatives of these; else only their own.
+        scores: whether a teacher is asked for scores of these.
     """
 
     name: str
@@ -57,6 +61,15 @@ class Source:
     weight: float
     symmetric: bool | None = None
     instruction: str = ""
+    in_batch_negatives: bool = True
+    scores: bool = True
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What of the above is not the default."""
+        names = ("symmetric", "instruction", "in_batch_negatives", "scores")
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
 
     @cached_property
     def blocks(self) -> NDArray[np.int64]:
@@ -106,7 +119,7 @@ class Mixture:
 
     def order(self, batch_size: int, *, lanes: int = 64, seed: int = 0, shuffle_blocks: int = 4) -> Order:
         """The order in which the records come; the arguments are those of `Order`, and so are the errors."""
-        sources = tuple(OrderSource(s.name, s.starts, s.weight, s.index.fingerprint) for s in self.sources)
+        sources = tuple(OrderSource(s.name, s.starts, s.weight, s.index.fingerprint, s.flags) for s in self.sources)
         order = Order(sources, batch_size, lanes, seed, self.homogeneous, shuffle_blocks)
         _warn_of_repeats(order)
         return order
@@ -175,7 +188,8 @@ def _from_file(path: Path, homogeneous: bool, alpha: float, allow_pipe: bool, po
         specs = [_beside(path, spec) for spec in _listed(entry["shards"])]
         index = load_index(specs, allow_pipe=allow_pipe, policy=policy)
         weight = entry.get("weight", index.records**alpha)
-        sources.append(Source(name, index, weight, entry.get("symmetric"), entry.get("instruction", "")))
+        flags = {key: entry[key] for key in _SOURCE_KEYS[2:] if key in entry}
+        sources.append(Source(name, index, weight, **flags))
     return Mixture(tuple(sources), homogeneous)
 
 
@@ -241,8 +255,9 @@ def _source_problems(name: object, entry: object) -> list[str]:
         problems.append(f"sources.{name}.shards={shards!r}: give a folder, glob or URL, or a list of them")
     if not _is_number(entry.get("weight", 1.0)):
         problems.append(f"sources.{name}.weight={entry['weight']!r}: give a number of 0 or more")
-    if not isinstance(entry.get("symmetric", True), bool):
-        problems.append(f"sources.{name}.symmetric={entry['symmetric']!r}: give true or false")
+    for flag in ("symmetric", "in_batch_negatives", "scores"):
+        if not isinstance(entry.get(flag, True), bool):
+            problems.append(f"sources.{name}.{flag}={entry[flag]!r}: give true or false")
     if not isinstance(entry.get("instruction", ""), str):
         problems.append(f"sources.{name}.instruction={entry['instruction']!r}: give a text")
     return problems

@@ -12,7 +12,7 @@ to make permutations: numpy may change what Generator.permutation returns from o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -41,12 +41,14 @@ class OrderSource:
         starts: int64 [blocks + 1], the first record of every block, then the number of records.
         weight: any non-negative number; only the ratios between sources matter.
         fingerprint: changes when the records or their numbering change.
+        flags: what else is done with its records, as plain data: it changes no order, but may not change in a run.
     """
 
     name: str
     starts: NDArray[np.int64]
     weight: float
     fingerprint: str
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -189,6 +191,13 @@ class Order:
                 ids[row, slots] = records | (int(source) << ROW_BITS)
         return ids.reshape(-1)
 
+    def rank_epochs(self, step: int, rank: int, world: int) -> NDArray[np.int64]:
+        """For each record of `rank_batch`, how many times its lane has been through its records before: [B / world]."""
+        sources, positions = self.slots(step)
+        lanes = np.arange(rank, self.lanes, world)[:, None]
+        records = np.array([source.records for source in self.sources])[sources]
+        return (positions // ((lanes + 1) * records // self.lanes - lanes * records // self.lanes)).reshape(-1)
+
     def lane_range(self, source: int, lane: int) -> tuple[int, int]:
         """The records [start, stop) of a source that a lane has."""
         records = self.sources[source].records
@@ -275,14 +284,19 @@ class Order:
             "shuffle_blocks": self.shuffle_blocks,
             "period": self.period,
             "sources": {
-                source.name: {"records": source.records, "share": count, "fingerprint": _fingerprint(source)}
+                source.name: {
+                    "records": source.records,
+                    "share": count,
+                    "fingerprint": _fingerprint(source),
+                    **source.flags,
+                }
                 for source, count in zip(self.sources, self.counts, strict=True)
             },
         }
 
     def check(self, saved: Mapping[str, Any]) -> None:
         """Raise UserError naming every difference between a saved state and this order."""
-        changes = _changes(saved, self.state())
+        changes = differences(saved, self.state())
         if changes:
             raise UserError(
                 f"the order of data is not the one of the checkpoint: {'; '.join(changes)}; restore what changed, or "
@@ -317,13 +331,13 @@ def _fingerprint(source: OrderSource) -> str:
     return xxhash.xxh3_64_hexdigest(source.fingerprint.encode() + source.starts.astype("<i8").tobytes())
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Each differing entry as "name old -> new"."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Each differing entry of two nested mappings as "name old -> new"."""
     changes = []
     for name in [*new, *(name for name in old if name not in new)]:
         before, after = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changes += _changes(before, after, f"{prefix}{name}.")
+            changes += differences(before, after, f"{prefix}{name}.")
         elif before != after:
             changes.append(f"{prefix}{name} {_shown(before)} -> {_shown(after)}")
     return changes

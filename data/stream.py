@@ -78,7 +78,7 @@ class Stream:
 
         Raises:
             DataError: damage under `strict`, or a source with nothing readable.
-            UserError: a record has fewer negatives than asked for.
+            UserError: a record has fewer negatives than asked for, or a score is missing and must not be.
         """
         return self._prepare(step)[0]
 
@@ -113,13 +113,14 @@ class Stream:
         """The batch of a step, and the ids of the records it lost with the causes."""
         ids = self._order.rank_batch(step, self._rank, self._world)
         lost = self._substitute(step, ids)
+        epochs = self._order.rank_epochs(step, self._rank, self._world)
         numbers = ids >> ROW_BITS
         used = np.unique(numbers)
-        parts = [self._part(int(number), ids, np.flatnonzero(numbers == number)) for number in used]
+        parts = [self._part(int(number), ids, epochs, np.flatnonzero(numbers == number)) for number in used]
         name = self._order.sources[int(used[0])].name if len(used) == 1 else ""
         return self._collate(parts, ids, name, dict(Counter(lost.values()))), lost
 
-    def _part(self, number: int, ids: NDArray[np.int64], rows: NDArray[np.int64]) -> Part:
+    def _part(self, number: int, ids: NDArray[np.int64], epochs: NDArray[np.int64], rows: NDArray[np.int64]) -> Part:
         """The records of one source that stand at `rows` of the batch."""
         reader, stored = self._readers[number], self._stored[number]
         source, records = reader.source, ids[rows] & ((1 << ROW_BITS) - 1)
@@ -130,6 +131,9 @@ class Stream:
             locate=lambda row: source.locate(int(records[row])),
             symmetric=source.symmetric,
             instruction=source.instruction,
+            in_batch_negatives=source.in_batch_negatives,
+            scored=source.scores,
+            epochs=epochs[rows],
         )
 
     def _substitute(self, step: int, ids: NDArray[np.int64]) -> dict[int, str]:
@@ -180,7 +184,7 @@ class _Reader:
 
         A block is compared: the first one that can be read out of a few.
         """
-        if self.source.index.tokenizer is None:
+        if self.source.index.tokenizer is None or not collate.takes_stored:
             return False
         blocks = (self._block(number) for number in range(min(8, len(self.source.blocks))))
         sample = next((block.table for block in blocks if block.good), None)

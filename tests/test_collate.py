@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import tiny
 from pairs import pairs
 
 from data import blocks
-from data.collate import Collate, Part
+from data.collate import Collate, Part, score
 from data.errors import UserError
 from data.records import Record, text_hash
 from data.rules import Prompts, passage_prefix, query_prefix
-from data.tokens import TextEncoder, fingerprint
+from data.scores import ScoreCache, ScoreWriter
+from data.targets import Targets
+from data.tokens import Ragged, TextEncoder, fingerprint, ragged
 
 LENGTH = 24
 
@@ -145,6 +148,136 @@ def test_too_few_negatives_are_told_with_their_record(tokenizer: Any) -> None:
     records = [*pairs(2, negatives=3), Record("a", "b", negatives=("c",))]
     with pytest.raises(UserError, match=r"negatives=2: row 2 has only 1; mine more, or set negatives=1"):
         Collate(tokenizer, LENGTH, Prompts(), 2)([part(records, [0, 1, 2])], np.arange(3))
+
+
+def test_negatives_rotate_by_epoch_through_the_whole_list(tokenizer: Any) -> None:
+    records = [Record("q", "p", negatives=tuple(f"negative {n}" for n in range(size))) for size in (5, 3, 2)]
+    collate = Collate(tokenizer, LENGTH, Prompts(), 2)
+    seen = []
+    for epoch in range(4):
+        batch = collate([part(records, [0, 1, 2], epochs=np.array([epoch, epoch, epoch + 7]))], np.arange(3))
+        seen.append(batch.passage_hash[3:].reshape(3, 2).tolist())
+    # Slices of 2 that begin at epoch * 2 of the list and go on at its start.
+    wanted = [[0, 1], [2, 3], [4, 0], [1, 2]], [[0, 1], [2, 0], [1, 2], [0, 1]], [[0, 1]] * 4
+    for row, slices in enumerate(wanted):
+        assert [epoch[row] for epoch in seen] == [[text_hash(f"negative {n}") for n in pair] for pair in slices]
+
+
+def test_the_tokens_of_rotated_negatives_are_those_of_their_texts(tokenizer: Any) -> None:
+    records = pairs(4, negatives=5)
+    for kind in (None, tokenizer):
+        batch = Collate(tokenizer, LENGTH, Prompts(), 2)(
+            [part(records, [0, 1, 2, 3], kind, epochs=np.full(4, 2))], RANGE
+        )
+        texts = ["passage: " + record.negatives[n] for record in records for n in (4, 0)]
+        assert batch.tokens.lists()[8:] == one_by_one(tokenizer, texts)
+
+
+RANGE = np.arange(4)
+
+# The teacher
+
+
+FINGERPRINT = "0" * 32
+
+
+def cache(
+    folder: Path, records: list[Record], leave_out: Callable[[Record, str], bool] = lambda *_: False
+) -> ScoreCache:
+    """Scores of the records' pairs; a pair's logit is a number made of its hashes."""
+    rows = [(r, text) for r in records for text in (r.passage, *r.negatives) if not leave_out(r, text)]
+    queries, passages = (
+        np.array([text_hash(text) for text in texts]) for texts in zip(*((r.query, t) for r, t in rows), strict=True)
+    )
+    writer = ScoreWriter(folder, FINGERPRINT)
+    writer.add(queries, passages, logit(queries, passages))
+    writer.flush()
+    opened = ScoreCache(folder, FINGERPRINT)
+    opened.load()
+    return opened
+
+
+def logit(queries: Any, passages: Any) -> Any:
+    return ((queries % 1000) / 100 - (passages % 777) / 70).astype(np.float32)
+
+
+def test_scores_stand_beside_the_positive_and_the_negatives_that_were_taken(tokenizer: Any, tmp_path: Path) -> None:
+    records = pairs(4, negatives=5)
+    targets = Targets(cache(tmp_path, records), "scores")
+    collate = Collate(tokenizer, LENGTH, Prompts(), 2, targets=targets)
+    places = [part(records[:1], [2], epochs=np.array([1])), part(records[1:], [0, 1, 3], epochs=np.array([0, 1, 2]))]
+    batch = collate(places, RANGE)
+    for row, (record, taken) in enumerate([(1, (0, 1)), (2, (2, 3)), (0, (2, 3)), (3, (4, 0))]):
+        query = text_hash(records[record].query)
+        texts = [records[record].passage, *(records[record].negatives[n] for n in taken)]
+        hashes = np.array([text_hash(text) for text in texts])
+        assert batch.group_hash[row].tolist() == hashes.tolist()
+        assert batch.scores is not None
+        assert batch.scores[row].tolist() == logit(np.full(3, query), hashes).tolist()
+    assert not len(batch.unscored)
+
+
+def test_a_missing_score_is_an_error_that_names_its_record(tokenizer: Any, tmp_path: Path) -> None:
+    records = pairs(4, negatives=2)
+    found = cache(tmp_path, records, lambda r, text: r is records[3] or text == records[2].negatives[1])
+    collate = Collate(tokenizer, LENGTH, Prompts(), 2, targets=Targets(found, "here"))
+    with pytest.raises(UserError, match=r"scores=here: no score for row 2 \(and 1 more rows of its batch\)"):
+        collate([part(records, [0, 1, 2, 3])], RANGE)
+
+
+def test_missing_scores_are_nan_and_their_rows_are_told_where_that_is_allowed(tokenizer: Any, tmp_path: Path) -> None:
+    records = pairs(4, negatives=2)
+    found = cache(tmp_path, records, lambda r, text: r is records[3] or text == records[2].negatives[1])
+    targets = Targets(found, "here", "wait")
+    batch = Collate(tokenizer, LENGTH, Prompts(), 2, targets=targets)([part(records, [0, 1, 2, 3])], RANGE)
+    assert batch.scores is not None
+    assert np.isnan(batch.scores).tolist() == [[False] * 3, [False] * 3, [False, False, True], [True] * 3]
+    assert batch.unscored.tolist() == [2, 3]
+    cache(tmp_path, records)  # a worker finishes
+    assert score(batch, targets).unscored.tolist() == [2, 3]
+    targets.refresh()
+    complete = score(batch, targets)
+    assert complete.unscored.tolist() == []
+    assert complete.scores is not None
+    assert not np.isnan(complete.scores).any()
+
+
+def test_a_source_without_teacher_is_not_looked_up(tokenizer: Any, tmp_path: Path) -> None:
+    records = pairs(4, negatives=2)
+    collate = Collate(tokenizer, LENGTH, Prompts(), 2, targets=Targets(cache(tmp_path, records[:2]), "here"))
+    batch = collate([part(records[:2], [0, 3]), part(records[2:], [1, 2], scored=False)], RANGE)
+    assert batch.scores is not None
+    assert np.isnan(batch.scores).all(1).tolist() == [False, True, True, False]
+    assert not len(batch.unscored)
+
+
+def test_rows_of_a_source_without_in_batch_negatives_are_marked(tokenizer: Any) -> None:
+    records = pairs(4)
+    collate = Collate(tokenizer, LENGTH, Prompts())
+    assert collate([part(records, [0, 1, 2, 3])], RANGE).own_only is None
+    batch = collate([part(records[:2], [0, 3]), part(records[2:], [1, 2], in_batch_negatives=False)], RANGE)
+    assert batch.own_only is not None
+    assert batch.own_only.tolist() == [False, True, True, False]
+
+
+# Rows for a cross-encoder
+
+
+def test_joint_rows_are_the_positives_then_the_negatives_each_with_its_query(tokenizer: Any) -> None:
+    records = pairs(4, negatives=3)
+
+    def joint(queries: Sequence[str], passages: Sequence[str]) -> Ragged:
+        return ragged([tokenizer(*texts)["input_ids"] for texts in zip(queries, passages, strict=True)])
+
+    collate = Collate(tokenizer, LENGTH, Prompts(), 2, joint=joint)
+    assert not collate.takes_stored
+    places = [part(records[:1], [2], epochs=np.array([1])), part(records[1:], [0, 1, 3])]
+    batch = collate(places, RANGE)
+    rows = [(records[n], taken) for n, taken in ((1, (0, 1)), (2, (0, 1)), (0, (2, 0)), (3, (0, 1)))]
+    texts = [(r.query, r.passage) for r, _ in rows] + [(r.query, r.negatives[n]) for r, taken in rows for n in taken]
+    assert batch.tokens.lists() == [tokenizer(*pair)["input_ids"] for pair in texts]
+    assert batch.passage_hash.tolist() == [text_hash(passage) for _, passage in texts]
+    assert (batch.num_queries, batch.num_negatives) == (4, 2)
 
 
 # Stored tokens

@@ -150,6 +150,38 @@ def test_a_file_names_sources_with_weights_flags_and_paths_beside_it(tmp_path: P
     assert order.shares == pytest.approx({"bitext": 0.143, "questions": 0.857})
 
 
+@pytest.mark.parametrize(
+    ("flag", "was", "now"),
+    [
+        ("symmetric: true", "symmetric", "True -> absent"),
+        ("instruction: Find it", "instruction", "Find it -> absent"),
+        ("in_batch_negatives: false", "in_batch_negatives", "False -> absent"),
+        ("scores: false", "scores", "False -> absent"),
+    ],
+)
+def test_a_flag_that_changes_between_starts_is_refused_with_its_name(
+    tmp_path: Path, flag: str, was: str, now: str
+) -> None:
+    put(tmp_path / "a", 20, "a")
+    flagged = mixture.load(mixture_file(tmp_path, f"sources: {{a: {{shards: a, {flag}}}}}"))
+    plain = mixture.load(mixture_file(tmp_path, "sources: {a: {shards: a}}")).order(8, lanes=4)
+    assert getattr(flagged.sources[0], was) not in (None, "")
+    order = flagged.order(8, lanes=4)
+    order.check(order.state())
+    assert order.global_batch(3).tolist() == plain.global_batch(3).tolist()
+    with pytest.raises(UserError, match=rf"sources\.a\.{was} {now}"):
+        plain.check(order.state())
+    with pytest.raises(UserError, match=rf"sources\.a\.{was} absent -> "):
+        order.check(plain.state())
+
+
+def test_flags_that_say_the_default_are_no_change(tmp_path: Path) -> None:
+    put(tmp_path / "a", 20, "a")
+    plain = mixture.load(mixture_file(tmp_path, "sources: {a: {shards: a}}")).order(8, lanes=4)
+    spelled = "sources: {a: {shards: a, instruction: '', in_batch_negatives: true, scores: true}}"
+    mixture.load(mixture_file(tmp_path, spelled)).order(8, lanes=4).check(plain.state())
+
+
 def test_a_file_says_alpha_and_the_caller_the_default(tmp_path: Path) -> None:
     put(tmp_path / "a", 9, "a")
     put(tmp_path / "b", 16, "b")
@@ -166,7 +198,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         alpha: much
         sources:
           a: {shard: x, weight: -1}
-          b: {shards: [x, 3], symetric: yes, instruction: 4}
+          b: {shards: [x, 3], symetric: yes, instruction: 4, scores: none, in_batch_negatives: 0}
           c: nothing
           7: {shards: x}
     """
@@ -181,6 +213,8 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         "sources.a.weight=-1: give a number",
         "sources.b.symetric: there is no such key; did you mean 'symmetric'?",
         "sources.b.shards=['x', 3]: give a folder",
+        "sources.b.in_batch_negatives=0: give true or false",
+        "sources.b.scores='none': give true or false",
         "sources.b.instruction=4: give a text",
         "sources.c: give {shards: folder}, not 'nothing'",
         "the name 7 is no text",

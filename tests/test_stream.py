@@ -169,6 +169,45 @@ def test_too_few_negatives_are_told_with_shard_and_record(tmp_path: Path, tokeni
     assert f"record 21 of source a ({tmp_path}/a/a-{shard:06d}.tar, record {21 - first} in it)" in str(error.value)
 
 
+@pytest.mark.parametrize("homogeneous", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_record_shows_other_negatives_every_time_it_comes(
+    tmp_path: Path, tokenizer: Any, homogeneous: bool, world: int
+) -> None:
+    """Its n-th time it has the n-th slice of its list, wherever its lane stands and whoever reads it."""
+    records = {name: pairs(count, source=name, seed=count, negatives=5) for name, count in (("a", 37), ("b", 22))}
+    for name in records:
+        write_shards(tmp_path / name, records[name], source=name)
+    found = load(tmp_path, ["a", "b"], homogeneous)
+    order = found.order(16, lanes=8, seed=3)
+    ranks = [stream(found, tokenizer, 2, order, rank=rank, world=world) for rank in range(world)]
+    times: Counter[int] = Counter()
+    for step in range(14):
+        for one in ranks:
+            batch = one.batch(step)
+            hard = batch.group_hash[:, 1:].tolist()
+            for record, taken in zip(batch.record_ids.tolist(), hard, strict=True):
+                texts = records["ab"[record >> ROW_BITS]][record & ((1 << ROW_BITS) - 1)].negatives
+                start = 2 * times[record]
+                assert taken == [text_hash(texts[(start + n) % 5]) for n in range(2)]
+                times[record] += 1
+    assert max(times.values()) > 2
+
+
+def test_a_substitute_takes_the_turn_of_the_place_it_stands_in(tmp_path: Path, tokenizer: Any) -> None:
+    records = pairs(96, source="a", negatives=5)
+    write_shards(tmp_path / "a", records, source="a")
+    found = load(tmp_path, ["a"], policy="skip")
+    path, offset = place(found, 40)
+    flip(path, offset + 700)
+    order = found.order(16, lanes=8, seed=3)
+    opened = stream(found, tokenizer, 2, order, policy="skip")
+    for step, epoch in ((3, 0), (9, 1), (15, 2)):
+        batch = opened.batch(step)
+        for record, taken in zip(batch.record_ids.tolist(), batch.group_hash[:, 1:].tolist(), strict=True):
+            assert taken == [text_hash(records[record].negatives[(2 * epoch + n) % 5]) for n in range(2)]
+
+
 def test_three_shards_on_eight_ranks_give_equal_steps(tmp_path: Path, tokenizer: Any) -> None:
     write_shards(tmp_path / "a", pairs(50, source="a"), source="a", kind="plain", shard_bytes=20_000)
     found = load(tmp_path, ["a"])
