@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.losses import NO_OWNER, Identity, info_nce
+from trainer.losses import NO_OWNER, Filters, Identity, info_nce
 
 
 def embeddings(rows: int, size: int, seed: int) -> Tensor:
@@ -166,3 +166,54 @@ def test_loss_and_gradient_equal_sentence_transformers_multiple_negatives_rankin
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert relative(q.grad, theirs[0].grad.double()) < 1e-5
     assert relative(p.grad, torch.cat([text.grad for text in theirs[1:]]).double()) < 1e-5
+
+
+# --- filters ----------------------------------------------------------------------------------------------------------
+
+
+def filters_by_definition(similarity: Tensor, guided: Tensor, identity: Identity, filters: Filters) -> Tensor:
+    """The mask [B, G] of the filters cell by cell, as the docstring of Filters words it."""
+    mask = hidden_by_definition(identity)
+    for row, positive in enumerate(identity.positive.tolist()):
+        group = filters.group[row].tolist()
+        for column in range(mask.shape[1]):
+            far = similarity[row, column] > similarity[row, positive] + filters.margin
+            judged = guided[row, column] > guided[row, positive] + filters.guide_margin
+            named = column in group and bool(filters.hidden[row, group.index(column)])
+            alone = bool(filters.own_only[row]) and column not in group
+            mask[row, column] |= bool(far or judged or named or alone) and column != positive
+    return mask
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 20, 0])
+@pytest.mark.parametrize("identity", [distinct, crowded])
+def test_filters_hide_what_they_name_in_blocks_of_any_size(block_rows, identity):
+    rows, candidates = 20, 60
+    query, passage = embeddings(rows, 24, 1), embeddings(candidates, 24, 2)
+    passage[:rows] = related(query, 3, noise=2.0)
+    who, generator = identity(rows, candidates), torch.Generator().manual_seed(4)
+    group = torch.column_stack([torch.arange(rows), rows + torch.arange(2 * rows).view(rows, 2)])
+    filters = Filters(
+        margin=0.25,
+        guide=(embeddings(rows, 8, 6), embeddings(candidates, 8, 7)),
+        guide_margin=0.4,
+        group=group,
+        hidden=torch.rand(rows, 3, generator=generator) < 0.3,  # the positive's own place is to be passed over
+        own_only=torch.arange(rows) % 5 == 0,
+    )
+    q, p = query.clone().requires_grad_(), passage.clone().requires_grad_()
+    loss, pool = info_nce(q, p, who, temperature=0.1, block_rows=block_rows, filters=filters)
+    loss.backward()
+    wide_q, wide_p = query.double().requires_grad_(), passage.double().requires_grad_()
+    guided = filters.guide[0].double() @ filters.guide[1].double().T
+    mask = filters_by_definition((query.double() @ passage.double().T), guided, who, filters)
+    wanted = F.cross_entropy((wide_q @ wide_p.T / 0.1).masked_fill(mask, -torch.inf), who.positive)
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert relative(q.grad, wide_q.grad) < 1e-5
+    assert relative(p.grad, wide_p.grad) < 1e-5
+    assert float(pool.masked) == pytest.approx(float(mask.sum(1).double().mean()))
+    similarity, negative = query.double() @ passage.double().T, ~mask
+    negative[torch.arange(rows), who.positive] = False
+    means = (similarity * negative).sum(1) / negative.sum(1).clamp(min=1)
+    assert float(pool.negative_similarity) == pytest.approx(float(means.mean()), abs=1e-6)

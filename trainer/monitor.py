@@ -42,6 +42,8 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "train/loss": Metric("nat", "loss of the step: mean over the global batch"),
     "train/loss_contrastive": Metric("nat", "its InfoNCE part, unweighted"),
+    "train/loss_distill": Metric("nat", "its distance to the teacher; rows without scores count as 0"),
+    "train/loss_ranking": Metric("nat", "listwise softmax of a cross-encoder over a query's own passages"),
     "train/acc_top1": Metric("frac", "queries whose own passage scores highest in the pool"),
     "train/pos_sim": Metric("1", "mean similarity of a query and its passage"),
     "train/neg_sim": Metric("1", "mean similarity of a query and its negatives"),
@@ -65,6 +67,8 @@ METRICS: dict[str, Metric] = {
     "perf/mem_gib": Metric("GiB", "peak memory of a rank"),
     "perf/eta_h": Metric("h", "time to the last step at the present rate"),
     "data/samples_bad": Metric("sample", "records left out as bad since the start"),
+    "data/samples_unscored": Metric("sample", "pairs trained without scores that a teacher should have given"),
+    "data/scored_frac": Metric("frac", "pairs with scores of the teacher for all their passages"),
     "data/padding_frac": Metric("frac", "share of padding among the tokens computed"),
     "ckpt/save_s": Metric("s", "time of the save"),
     "ckpt/bytes": Metric("byte", "size of the checkpoint"),
