@@ -53,15 +53,36 @@ STAGES = {
         "deepspeed --no_python --no_local_rank quintet pretrain --config configs/pretrain/small.yaml data=shards",
         {"objective": "contrastive"},
     ),
+    "finetune": Stage(
+        "trainer.finetune",
+        "fine-tuning with hard negatives and a teacher's scores",
+        "deepspeed --no_python --no_local_rank quintet finetune --config configs/finetune/small.yaml scores=scores",
+        {"objective": "distillation"},
+    ),
     "distill": Stage(
         "trainer.distill",
         "a teacher's scores of mined pairs into the score cache; start as many workers as you like",
         "quintet distill teacher=run/teacher/model data=mined scores=scores precision=bf16",
     ),
+    "filter": Stage(
+        "trainer.filter",
+        "consistency filter: keeps the pairs whose passage ranks first for its query in a random pool",
+        "quintet filter model=run/model data=shards output=filtered",
+    ),
+    "mine": Stage(
+        "trainer.mine",
+        "hard negatives: passages that a model ranks high for a query and that do not answer it",
+        "quintet mine model=run/model data=shards output=mined",
+    ),
     "evaluate": Stage(
         "trainer.evaluate",
         "retrieval quality on held-out pairs and BEIR folders, with BM25 beside it",
         "quintet evaluate model=run/model data=shards/holdout.jsonl output=results",
+    ),
+    "encode": Stage(
+        "trainer.encode",
+        "texts or shards to vectors",
+        "quintet encode model=run/model input=texts.jsonl output=vectors dtype=float16",
     ),
     "export": Stage(
         "trainer.export",

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -14,3 +18,12 @@ if not glob.glob("/dev/nvidia[0-9]*"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 for launcher_variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"):
     os.environ.pop(launcher_variable, None)  # inside a Slurm job the tests are still jobs of their own
+
+
+@pytest.fixture(autouse=True)
+def plain_log() -> Iterator[None]:
+    """Undo what the command line, called in a test, does to our logger: other tests read it through caplog."""
+    logger = logging.getLogger("quintet")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before

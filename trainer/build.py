@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from data import mixture
-from data.collate import Collate
 from data.errors import UserError
-from data.order import Order
+from data.order import Order, differences
 from data.stream import Stream
 from data.tokens import TextEncoder, load_tokenizer
-from trainer import distributed, objectives, retrieval, sets, snapshot
+from trainer import distributed, retrieval, sets, snapshot
 from trainer.checkpoint import Checkpoint
 from trainer.embed import encode
-from trainer.encoder import Encoder, ModelSettings, build_random, freeze_positions, load_backbone
+from trainer.encoder import Encoder
 from trainer.engine import Engine, OptimizerSettings
 from trainer.step import Stepper
+from trainer.tasks import Task, open_task
 from trainer.train import Config
 
 
@@ -33,7 +33,7 @@ class Parts:
     stream: Stream
     order: Order
     tokenizer: Any
-    settings: ModelSettings
+    task: Task
     evaluate: Callable[[], dict[str, float]]
     records: int
     flops_per_token: float
@@ -46,17 +46,18 @@ def build(config: Config, device: torch.device, saved: Checkpoint | None) -> Par
     distributed.on_first_rank(lambda: _open_mixture(config) and None)
     with distributed.together():
         tokenizer = load_tokenizer(model_path if saved else config.tokenizer or model_path)
-        encoder = build_encoder(config, tokenizer, model_path)
         sources = _open_mixture(config)
+        task = open_task(config, sources, tokenizer, model_path, device)
         order = sources.order(
             config.batch_size, lanes=config.lanes, seed=config.seed, shuffle_blocks=config.shuffle_blocks
         )
         if saved:
             order.check(saved.manifest["order"])
+            _check_state(saved.manifest.get("task", task.state), task.state)
         stream = Stream(
             sources,
             order,
-            Collate(tokenizer, config.max_length, config.prompts),
+            task.collate,
             rank=distributed.rank(),
             world=distributed.world(),
             policy=config.damaged,  # type: ignore[arg-type]
@@ -64,81 +65,42 @@ def build(config: Config, device: torch.device, saved: Checkpoint | None) -> Par
         )
         evaluation = sets.load(config.eval.data, limit=config.eval.limit) if config.eval.data else []
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    engine = _engine(config, encoder, device)
+    engine = _engine(config, task.module, device)
     if saved:
         engine.restore_optimizer(saved.manifest["updates"], snapshot.moments(saved.folder))
-    settings = ModelSettings(
-        config.prompts.query, config.prompts.passage, config.model.pooling, True, config.max_length
-    )
     return Parts(
         engine,
-        _stepper(config, engine, tokenizer),
+        _stepper(config, engine, task, tokenizer),
         stream,
         order,
         tokenizer,
-        settings,
+        task,
         partial(_evaluate, config, engine, tokenizer, evaluation),
         sources.records,
-        _flops_per_token(encoder, engine),
+        _flops_per_token(task.module, engine),
     )
+
+
+def _check_state(saved: dict[str, Any], state: dict[str, Any]) -> None:
+    changes = differences(saved, state)
+    if changes:
+        raise UserError(
+            f"the checkpoint was made with other settings: {'; '.join(changes)}; restore what changed, or start again "
+            "with fresh=true"
+        )
 
 
 def _open_mixture(config: Config) -> mixture.Mixture:
     return mixture.load(
         config.data,
         homogeneous=config.homogeneous,
-        alpha=config.alpha,
+        alpha=config.source_power,
         allow_pipe=config.allow_pipe,
         policy=config.damaged,  # type: ignore[arg-type]
     )
 
 
-def build_encoder(config: Config, tokenizer: Any, path: str) -> Encoder:
-    """The encoder of a run: pretrained, random, or a checkpoint's (`path`), with its dropout and frozen parts set."""
-    model = config.model
-    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    dropouts = {} if model.dropout is None else dict.fromkeys(names, model.dropout)
-    if path == "random":
-        torch.manual_seed(config.seed)  # every rank builds the same weights
-        offset = 2  # the RoBERTa family's position table starts behind its padding number
-        backbone = build_random(
-            model.architecture,
-            len(tokenizer),
-            tokenizer.pad_token_id,
-            hidden_size=model.hidden_size,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.heads,
-            intermediate_size=model.intermediate_size,
-            max_position_embeddings=model.max_positions + offset,
-            **dropouts,
-        )
-    else:
-        backbone = load_backbone(path, **dropouts)
-    encoder = Encoder(backbone, model.pooling)
-    _check_fits(config, encoder, tokenizer)
-    freeze = model.path != "random" if model.freeze_positions is None else model.freeze_positions
-    if freeze:
-        freeze_positions(encoder)
-    if model.compile:
-        encoder.backbone.compile(dynamic=True)
-    return encoder.train()
-
-
-def _check_fits(config: Config, encoder: Encoder, tokenizer: Any) -> None:
-    if config.max_length > encoder.max_positions:
-        raise UserError(
-            f"max_length={config.max_length}: the model's position table ends at {encoder.max_positions} tokens; "
-            "lower max_length"
-        )
-    vocabulary = int(encoder.backbone.config.vocab_size)
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"tokenizer={config.tokenizer}: it has {len(tokenizer)} pieces, the model {vocabulary}; they do not belong "
-            "together"
-        )
-
-
-def _engine(config: Config, encoder: Encoder, device: torch.device) -> Engine:
+def _engine(config: Config, module: torch.nn.Module, device: torch.device) -> Engine:
     optimizer = OptimizerSettings(
         weight_decay=config.weight_decay,
         betas=config.betas,
@@ -146,18 +108,18 @@ def _engine(config: Config, encoder: Encoder, device: torch.device) -> Engine:
         max_grad_norm=config.max_grad_norm,
     )
     local_batch = config.batch_size // distributed.world()
-    return Engine(encoder, optimizer, stage=config.zero_stage, local_batch=local_batch, device=device)
+    return Engine(module, optimizer, stage=config.zero_stage, local_batch=local_batch, device=device)
 
 
-def _stepper(config: Config, engine: Engine, tokenizer: Any) -> Stepper:
-    encoder = engine.module
-    assert isinstance(encoder, Encoder)
-    packed = _packed(config, encoder, engine.device)
+def _stepper(config: Config, engine: Engine, task: Task, tokenizer: Any) -> Stepper:
+    module = engine.module
+    packed = isinstance(module, Encoder) and _packed(config, module, engine.device)
     if packed:
-        encoder.use_packed_attention()
+        assert isinstance(module, Encoder)
+        module.use_packed_attention()
     return Stepper(
         engine,
-        partial(objectives.contrastive, temperature=config.temperature),
+        task.objective,
         seed=config.seed,
         padding_id=tokenizer.pad_token_id,
         tokens_per_chunk=config.tokens_per_chunk,
@@ -177,11 +139,11 @@ def _packed(config: Config, encoder: Encoder, device: torch.device) -> bool:
     return wanted == "packed" or (wanted == "auto" and device.type == "cuda" and encoder.packable and half)
 
 
-def _flops_per_token(encoder: Encoder, engine: Engine) -> float:
+def _flops_per_token(trained: torch.nn.Module, engine: Engine) -> float:
     """6 x the parameters that take part in matrix products: all but the tables that are looked up."""
     tables = sum(
         module.weight.numel() if engine.stage < 3 else module.num_embeddings * module.embedding_dim
-        for module in encoder.modules()
+        for module in trained.modules()
         if isinstance(module, torch.nn.Embedding)
     )
     return 6.0 * (engine.count - tables)
@@ -189,6 +151,8 @@ def _flops_per_token(encoder: Encoder, engine: Engine) -> float:
 
 def _evaluate(config: Config, engine: Engine, tokenizer: Any, data: list[sets.RetrievalSet]) -> dict[str, float]:
     """Held-out metrics by name, over all ranks. A collective."""
+    if not data:
+        return {}
     cutter = TextEncoder(tokenizer, config.max_length)
     agree = distributed.agree_max if engine.stage == 3 else None
     encoder = engine.module
@@ -223,15 +187,23 @@ def describe(config: Config, parts: Parts) -> list[tuple[str, object]]:
     shares = ", ".join(f"{name} {100 * share:.1f}%" for name, share in parts.order.shares.items())
     pool = config.batch_size
     state = 16 * engine.count if config.zero_stage == 0 else (8 + 8 / world) * engine.count
+    candidates = (1 + config.negatives) * pool
+    texts = candidates if config.objective == "ranking" else candidates + pool
     rows: list[tuple[str, object]] = [
-        ("pool", f"{pool:,} queries x {pool:,} candidates, {pool - 1:,} negatives a query"),
+        ("pool", f"{pool:,} queries x {candidates:,} candidates, {candidates - 1:,} negatives a query"),
         ("ranks", f"{world}, {pool // world:,} pairs each, ZeRO-{config.zero_stage} on {engine.device.type}"),
         ("model", f"{config.model.path}: {engine.count:,} parameters" + (f", {trained:,} trained" if trained else "")),
         ("precision", f"{config.precision}{', packed' if parts.stepper.packed else ', padded chunks'}"),
-        ("tokens", f"at most {2 * pool * config.max_length:,} a step, {config.tokens_per_chunk:,} a chunk"),
+        ("tokens", f"at most {texts * config.max_length:,} a step, {config.tokens_per_chunk:,} a chunk"),
         ("memory", f"about {state / 2**30:.2f} GiB a rank for weights, gradients and optimizer, beside activations"),
         ("data", f"{parts.records:,} pairs: {shares}"),
         ("order", f"{config.lanes} lanes, {'one source a batch' if parts.order.homogeneous else 'mixed batches'}"),
         ("steps", f"{config.steps:,}, {config.steps * pool / parts.records:.2f} passes over the data"),
     ]
+    if config.objective == "ranking":
+        rows[0] = ("groups", f"{pool:,} queries, each with its passage among {1 + config.negatives}")
+    if parts.task.targets:
+        rows.insert(
+            1, ("teacher", f"{parts.task.state['teacher']}: {config.loss.distill} + {config.alpha:g} x InfoNCE")
+        )
     return rows

@@ -18,6 +18,8 @@ from data.shards import load_index
 # What of a run's configuration a reader needs to judge or repeat it, with the words for the table.
 RECIPE = {
     "objective": "objective",
+    "negatives": "hard negatives a pair",
+    "alpha": "weight of the contrastive term",
     "batch_size": "global batch, pairs",
     "steps": "steps",
     "lr": "peak learning rate",
@@ -67,12 +69,13 @@ class Facts:
     normalize: bool
     query_prompt: str
     passage_prompt: str
+    prompts: Mapping[str, str] = field(default_factory=dict)  # for queries of certain tasks, by name
 
 
 def readme(card: Card, facts: Facts) -> str:
     """The card as Markdown with its YAML metadata in front."""
     parts = [
-        f"---\n{_metadata(card)}---",
+        f"---\n{_metadata(card, 'sentence-similarity', 'feature-extraction')}---",
         f"# {card.name}",
         _opening(card, facts),
         _usage(facts),
@@ -82,11 +85,37 @@ def readme(card: Card, facts: Facts) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(card: Card) -> str:
+def ranker_readme(card: Card, *, parameters: int, max_length: int) -> str:
+    """The card of a cross-encoder."""
+    opening = (
+        f"A cross-encoder trained with Quintet. It reads a query and a passage together, up to {max_length} tokens, "
+        f"and answers with one logit: the higher, the better the passage answers. It has {parameters:,} parameters"
+    )
+    opening += f" and started from `{card.base_model}`." if card.base_model else "."
+    parts = [
+        f"---\n{_metadata(card, 'text-ranking')}---",
+        f"# {card.name}",
+        opening,
+        f"## Use\n\n{_CROSS_ENCODER}",
+        _training(card),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_CROSS_ENCODER = """\
+```python
+from sentence_transformers import CrossEncoder
+
+model = CrossEncoder("path/to/this/folder")
+print(model.predict([("how tall is the tower?", "The tower is 330 metres tall.")]))
+```"""
+
+
+def _metadata(card: Card, task: str, *more_tags: str) -> str:
     values: dict[str, Any] = {
         "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "quintet"],
+        "pipeline_tag": task,
+        "tags": ["sentence-transformers", task, *more_tags, "quintet"],
     }
     if card.base_model:
         values["base_model"] = card.base_model
@@ -127,7 +156,19 @@ def _usage(facts: Facts) -> str:
         if facts.query_prompt or facts.passage_prompt
         else "Texts are encoded as they are, without a prompt."
     )
-    return f"## Use\n\n{prompts}\n\n{_SENTENCE_TRANSFORMERS}\n\nOr with transformers alone:\n\n{_transformers(facts)}"
+    tasks = _tasks(facts) if facts.prompts else ""
+    code = f"{_SENTENCE_TRANSFORMERS}\n\nOr with transformers alone:\n\n{_transformers(facts)}"
+    return f"## Use\n\n{prompts}\n\n{tasks}{code}"
+
+
+def _tasks(facts: Facts) -> str:
+    """The prompts of an instruct model, which `encode` finds by name."""
+    rows = [(f"`{name}`", f"`{prompt!r}`") for name, prompt in facts.prompts.items()]
+    what = (
+        "It was trained with an instruction for every task. Write one for yours, or take one of these by "
+        '`prompt_name="..."`; passages are the same for all tasks, so they are indexed once.'
+    )
+    return f"{what}\n\n{_table(('name', 'prompt of a query'), rows)}\n\n"
 
 
 _SENTENCE_TRANSFORMERS = """\
@@ -214,9 +255,17 @@ def of_run(run_dir: Path, name: str) -> Card:
         base_model="" if base == "random" or os.path.exists(base) else base,
         languages=languages,
         sources=sources,
-        recipe={key: config[key] for key in RECIPE if key in config},
+        recipe=_recipe(config),
         results=_read(run_dir / "results.json"),
     )
+
+
+def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of RECIPE that had a part in the run."""
+    idle = {"negatives"} if not config.get("negatives") else set()
+    if config.get("objective") != "distillation":
+        idle.add("alpha")
+    return {key: config[key] for key in RECIPE if key in config and key not in idle}
 
 
 def _read(path: Path) -> dict[str, Any]:

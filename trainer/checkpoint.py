@@ -358,6 +358,20 @@ def newest(run_dir: str | Path, *, deep: bool = True) -> Checkpoint | None:
     return None
 
 
+def newest_few(run_dir: str | Path, count: int) -> list[Checkpoint]:
+    """The newest `count` complete checkpoints of a run, newest first. Raises UserError when there are fewer."""
+    found: dict[int, Checkpoint] = {}
+    for step, folder in _step_folders(run_dir):
+        if len(found) < count and step not in found and not verify(folder):
+            found[step] = Checkpoint(folder, step, _read_manifest(folder))
+    if len(found) < count:
+        raise UserError(
+            f"run_dir={run_dir}: has {len(found)} complete checkpoints, not {count}; keep more of them (keep_last, "
+            "keep_every), or average fewer"
+        )
+    return list(found.values())
+
+
 def prune(run_dir: str | Path, keep_last: int, keep_every: int = 0) -> list[int]:
     """Delete checkpoints but the newest `keep_last` and those whose step is a multiple of `keep_every` (0: none).
 

@@ -35,10 +35,11 @@ from trainer.runfolder import sync_folder
 # Opens a folder as its users do: (folder, texts, prompt name) -> vectors [n, D] in fp32, each after that prompt.
 Reader = Callable[[Path, Sequence[str], str], Tensor]
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = 1e-5  # between our vectors and a reader's, in fp32; float sums in another order stay below 1e-6
 
-# MTEB looks a prompt up by the type of its task, then by query or document, and ignores every prompt of a model that
-# has one under another name. E5 puts the query's prompt before all texts of the types below.
+# MTEB looks a prompt up by the type of its task, then by query or document; prompts under other names are left out with
+# a warning (before 2.26, all of them). E5 puts the query's prompt before all texts of the types below.
 _SYMMETRIC_TASKS = (
     "BitextMining",
     "Classification",
@@ -82,17 +83,31 @@ def write(
         UserError: the folder is there and `overwrite` is false, or it cannot be written.
         QuintetError: a difference above TOLERANCE.
     """
+
+    def make(staging: Path) -> float:
+        rounded = _write_files(model, staging, card, dtype)
+        return _compare(rounded, staging, reader)
+
+    return publish(folder, make, TOLERANCE, overwrite=overwrite)
+
+
+def publish(folder: Path, make: Callable[[Path], float], tolerance: float, *, overwrite: bool) -> float:
+    """Put a model's folder in place when it reads back as it was: make(staging folder) -> the difference that it found.
+
+    Raises:
+        UserError: the folder is there and `overwrite` is false, or it cannot be written.
+        QuintetError: a difference above the tolerance.
+    """
     refuse_existing(folder, overwrite)
     staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        rounded = _write_files(model, staging, card, dtype)
-        difference = _compare(rounded, staging, reader)
-        if not difference <= TOLERANCE:
+        difference = make(staging)
+        if not difference <= tolerance:
             raise QuintetError(
-                f"export: the reloaded model differs by {difference:.1e} (allowed {TOLERANCE:.0e}); nothing was written"
+                f"export: the reloaded model differs by {difference:.1e} (allowed {tolerance:.0e}); nothing was written"
             )
-        _publish(staging, folder)
+        _move(staging, folder)
     except OSError as error:
         raise UserError(f"output={folder}: cannot be written: {error}") from None
     finally:
@@ -106,7 +121,7 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         raise UserError(f"output={folder}: is there already; choose another folder or set overwrite=true")
 
 
-def _publish(staging: Path, folder: Path) -> None:
+def _move(staging: Path, folder: Path) -> None:
     """Put the finished folder in place; an old one steps aside first and goes last."""
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     if folder.exists():
@@ -126,15 +141,14 @@ def _publish(staging: Path, folder: Path) -> None:
 
 def _write_files(model: Model, folder: Path, card: Card, dtype: str) -> Model:
     """Write all files; return the model with the weights as they were stored, in fp32 on the CPU."""
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     encoder = Encoder(copy.deepcopy(model.encoder.backbone), model.pooling, model.normalize).eval()
-    encoder.to("cpu", dtypes[dtype])
+    encoder.to("cpu", DTYPES[dtype])
     encoder.backbone.set_attn_implementation("eager" if encoder.backbone.config.model_type == "mpnet" else "sdpa")
     with quiet():  # one file: the classic layout has no parts
         encoder.backbone.save_pretrained(folder, state_dict=_state(encoder.backbone), max_shard_size="1000GB")
-    _write_tokenizer(model, folder)
+    write_tokenizer(model.tokenizer, model.max_length, folder)
     for name, content in _settings_files(model).items():
-        _write_json(folder / name, content)
+        write_json(folder / name, content)
     (folder / "README.md").write_text(readme(card, _facts(model)), encoding="utf-8")
     return dataclasses.replace(model, encoder=encoder.float())
 
@@ -151,22 +165,28 @@ def _state(backbone: PreTrainedModel) -> dict[str, Tensor]:
     return pooler | backbone.state_dict()
 
 
-def _write_tokenizer(model: Model, folder: Path) -> None:
-    tokenizer = copy.deepcopy(model.tokenizer)
-    # A reader that takes the tokenizer's own word for it cuts and pads as training did.
-    tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side = model.max_length, "right", "right"
+def write_tokenizer(
+    tokenizer: Any, max_length: int, folder: Path, inputs: Sequence[str] = ("input_ids", "attention_mask")
+) -> None:
+    """Save a tokenizer so that a reader who takes its own word for it cuts and pads as training did.
+
+    `inputs` are what the model takes of what a tokenizer may give.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side = max_length, "right", "right"
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":  # the name since transformers 5; older ones know this:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings["model_input_names"] = ["input_ids", "attention_mask"]  # they would add what MPNet does not take
+        settings["model_input_names"] = list(inputs)  # they would add token types, which MPNet does not take
     for name in ("is_local", "local_files_only"):  # how it was opened here
         settings.pop(name, None)
-    _write_json(file, settings)
+    write_json(file, settings)
 
 
-def _write_json(file: Path, content: Any) -> None:
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file as people read it."""
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -189,7 +209,7 @@ def _settings_files(model: Model) -> dict[str, Any]:
         "include_prompt": True,
     }
     prompts = {"query": model.query_prompt, "document": model.passage_prompt}
-    prompts |= dict.fromkeys(_SYMMETRIC_TASKS, model.query_prompt)
+    prompts |= {**dict.fromkeys(_SYMMETRIC_TASKS, model.query_prompt), **model.prompts}
     settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     return {
         "modules.json": modules,
@@ -209,6 +229,7 @@ def _facts(model: Model) -> Facts:
         normalize=model.normalize,
         query_prompt=model.query_prompt,
         passage_prompt=model.passage_prompt,
+        prompts={name: text for name, text in model.prompts.items() if name not in _SYMMETRIC_TASKS},
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,6 +190,7 @@ class Model:
     passage_prompt: str
     max_length: int
     name: str = ""
+    prompts: Mapping[str, str] = field(default_factory=dict)  # for queries of certain tasks, by name
 
     @property
     def pooling(self) -> str:
@@ -273,7 +274,8 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model
     tokenizer = load_tokenizer(str(folder))
     longest = min(settings.max_length or encoder.max_positions, encoder.max_positions)
     encoder = encoder.to(device).eval()
-    return Model(encoder, tokenizer, settings.query_prompt, settings.passage_prompt, longest, Path(path).name)
+    query, passage = settings.query_prompt, settings.passage_prompt
+    return Model(encoder, tokenizer, query, passage, longest, Path(path).name, settings.prompts)
 
 
 def local_folder(path: str, key: str = "model") -> Path:
@@ -300,6 +302,7 @@ class ModelSettings:
     pooling: str = "mean"
     normalize: bool = True
     max_length: int = 0  # 0: as long as the position table allows
+    prompts: dict[str, str] = field(default_factory=dict)  # for queries of certain tasks, by name
 
 
 def _settings(folder: Path) -> ModelSettings:
@@ -326,11 +329,13 @@ def _sentence_transformers_settings(folder: Path) -> ModelSettings:
     if unknown:
         raise ValueError(f"modules.json has {', '.join(unknown)}, which this encoder does not have")
     prompts = read("config_sentence_transformers.json").get("prompts", {})
+    sides = ("query", "document", "passage")
     settings = ModelSettings(
         query_prompt=prompts.get("query", ""),
         passage_prompt=prompts.get("document", prompts.get("passage", "")),
         pooling=_pooling(read(f"{parts.get('Pooling', '1_Pooling')}/config.json")),
         normalize="Normalize" in parts,
+        prompts={name: text for name, text in prompts.items() if name not in sides and isinstance(text, str)},
     )
     return replace(settings, max_length=int(read("sentence_bert_config.json").get("max_seq_length") or 0))
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from data.collate import Batch
+from data.collate import Batch, score
 from data.errors import DataError, NumericError, QuintetError, Stopped, UserError
 from trainer import checkpoint, distributed, runfolder, snapshot
 from trainer.build import Parts, build, describe
@@ -30,6 +30,11 @@ from trainer.schedule import learning_rate
 from trainer.train import Config
 
 log = logging.getLogger("quintet")
+
+# The command that each objective belongs to: what a run is called in the log and in W&B.
+_STAGES = {"contrastive": "pretrain", "distillation": "finetune", "ranking": "teacher"}
+# Between two looks for scores that a worker has not written yet.
+_POLL_SECONDS = 1.0
 
 
 def fit(config: Config) -> None:
@@ -69,6 +74,7 @@ class Run:
     step: int = 0
     updates: int = 0
     bad_records: int = 0
+    unscored: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     failed_saves: int = 0
@@ -94,19 +100,54 @@ class Run:
         except QuintetError as raised:
             error = raised
         self.meter.waited += time.perf_counter() - begin
-        bad = sum(batch.bad.values()) if batch else 0
+        bad, lacking = (sum(batch.bad.values()), len(batch.unscored)) if batch else (0, 0)
         code = error.exit_code if error else 0
-        stops, bad_everywhere, failed = distributed.sums([float(stop.requested), float(bad), float(code)])
-        if error is not None:
-            raise error
+        mine = [float(stop.requested), float(bad), float(code), float(lacking)]
+        stops, bad_everywhere, failed, lacking_everywhere = distributed.sums(mine)
         if failed:
-            raise distributed.Elsewhere(int(failed) if failed == UserError.exit_code else DataError.exit_code)
+            with distributed.together():  # all have learned of it: the first that met an error tells
+                if error is not None:
+                    raise error
         self._count_bad(int(bad_everywhere))
         if stops:
-            self._save(must=True)
-            distributed.end(Stopped(f"stopped at step {self.step} after a checkpoint; start the same command to go on"))
+            self._stop()
         assert batch is not None
+        if lacking_everywhere and self.config.missing_scores == "wait":
+            return self._wait_for_scores(batch, stop)
+        self.unscored += int(lacking_everywhere)
         return batch
+
+    def _stop(self) -> NoReturn:
+        if self.step == 0:  # there is nothing to save, nor any state of the optimizer
+            distributed.end(Stopped("stopped before the first step; start the same command to begin again"))
+        self._save(must=True)
+        distributed.end(Stopped(f"stopped at step {self.step} after a checkpoint; start the same command to go on"))
+
+    def _wait_for_scores(self, batch: Batch, stop: StopRequest) -> Batch:
+        """Look again and again for the scores that the batch lacks somewhere. All ranks wait together: none is late."""
+        targets, config = self.parts.task.targets, self.config
+        assert targets is not None, "only a teacher's scores can be missing"
+        begin = time.perf_counter()
+        while True:
+            waited = time.perf_counter() - begin
+            late = waited > 60 * config.scores_wait_minutes
+            stops, lacking, over = distributed.sums([float(stop.requested), float(len(batch.unscored)), float(late)])
+            if stops:
+                self._stop()
+            if not lacking:
+                self.meter.waited += waited
+                return batch
+            what = f"step {self.step} lacks scores of {int(lacking)} pairs (source {batch.source or 'mixed'})"
+            if over:
+                waits = f"scores_wait_minutes={config.scores_wait_minutes:g}"
+                mend = f"is a `quintet distill scores={config.scores}` running on these shards?"
+                distributed.end(UserError(f"scores={config.scores}: {what} after {waits}; {mend}"))
+            if waited < _POLL_SECONDS and distributed.rank() == 0:
+                log.info("%s: waiting for a worker", what)
+            time.sleep(_POLL_SECONDS)
+            with distributed.together():  # a damaged file may meet one rank alone
+                targets.refresh()
+                batch = score(batch, targets)
 
     def _count_bad(self, more: int) -> None:
         self.bad_records += more
@@ -148,6 +189,7 @@ class Run:
             "train/epoch": samples / self.parts.records,
             "train/skipped_steps": self.skipped,
             "data/samples_bad": self.bad_records,
+            **({"data/samples_unscored": self.unscored} if self.parts.task.targets else {}),
         }
 
     def _due(self, every: int) -> bool:
@@ -172,7 +214,7 @@ class Run:
         if not distributed.all_ok(not self.lease.lost):
             raise UserError(f"run_dir={self.config.run_dir}: another job has taken over this folder; stop one of them")
         begin, parts = time.monotonic(), self.parts
-        write = partial(snapshot.write, engine=parts.engine, tokenizer=parts.tokenizer, settings=parts.settings)
+        write = partial(snapshot.write, engine=parts.engine, tokenizer=parts.tokenizer, describe=parts.task.describe)
         try:
             saved = checkpoint.save(self.config.run_dir, self.step, write, self._state(), ranks=distributed.Job())
         except SaveError as error:
@@ -198,7 +240,9 @@ class Run:
             "updates": self.updates,
             "bad_records": self.bad_records,
             "skipped": self.skipped,
+            "unscored": self.unscored,
             "order": self.parts.order.state(),
+            "task": self.parts.task.state,
             "config_hash": hashlib.sha256(self.config.config_yaml.encode()).hexdigest(),
             "run_id": self.identity.id,
             "versions": runfolder.versions(),
@@ -257,7 +301,7 @@ def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfold
         config.run_dir,
         config.wandb,
         config={name: str(value) for name, value in described},
-        job_type="pretrain",
+        job_type=_STAGES[config.objective],
         run_id=identity.id,
         attempt=identity.attempt,
         steps=config.steps,
@@ -268,7 +312,7 @@ def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfold
     run = Run(config, parts, monitor, meter, identity, lease, step)
     if saved:
         run.updates, run.bad_records = saved.manifest["updates"], saved.manifest["bad_records"]
-        run.skipped = saved.manifest["skipped"]
+        run.skipped, run.unscored = saved.manifest["skipped"], saved.manifest.get("unscored", 0)
     return run
 
 

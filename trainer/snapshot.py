@@ -1,6 +1,6 @@
 """What a training checkpoint holds: the model as a transformers folder, and AdamW's state by parameter name.
 
-    step-00001000/model/        config.json, tokenizer, quintet.json, model*.safetensors (fp32)
+    step-00001000/model/        config.json, tokenizer, our settings, model*.safetensors (fp32)
                   optimizer/    moments-00000.safetensors ...: exp_avg/<name>, exp_avg_sq/<name>
 
 Tensors are whole and named, not cut by rank, so a run goes on at any world size and ZeRO stage, and nothing is
@@ -20,14 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer import distributed
-from trainer.encoder import Encoder, ModelSettings, save_settings
 from trainer.engine import MOMENTS, Engine
 
 _PREFIX = "backbone."
 
 
-def write(folder: Path, engine: Engine, tokenizer: Any, settings: ModelSettings) -> list[Path]:
-    """Write this rank's part of a checkpoint below `folder`, a collective; return the files written."""
+def write(folder: Path, engine: Engine, tokenizer: Any, describe: Callable[[Path], None]) -> list[Path]:
+    """Write this rank's part of a checkpoint below `folder`, a collective; return the files written.
+
+    `describe` adds to the model's folder what its readers must know beside the backbone.
+    """
     owners = _owners(engine.shapes)
     weights = {name.removeprefix(_PREFIX): (name, engine.weight, ()) for name in engine.shapes}
     state = {f"{key}/{name}": (name, engine.moment, (key,)) for name in engine.trained() for key in MOMENTS}
@@ -39,7 +41,8 @@ def write(folder: Path, engine: Engine, tokenizer: Any, settings: ModelSettings)
         _save(folder / "optimizer" / f"moments-{rank:05d}.safetensors", own_state),
     ]
     if rank == 0:
-        _describe(folder / "model", engine, tokenizer, settings, owners)
+        _describe(folder / "model", engine, tokenizer, owners)
+        describe(folder / "model")
         files += [file for file in (folder / "model").iterdir() if file.suffix != ".safetensors"]
     return [file for file in files if file.is_file()]
 
@@ -95,12 +98,12 @@ def _weights_file(rank: int) -> str:
     return "model.safetensors" if world == 1 else f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
 
 
-def _describe(folder: Path, engine: Engine, tokenizer: Any, settings: ModelSettings, owners: Mapping[str, int]) -> None:
+def _describe(folder: Path, engine: Engine, tokenizer: Any, owners: Mapping[str, int]) -> None:
     """Write everything of a transformers folder that is not a tensor."""
-    assert isinstance(engine.module, Encoder)
-    engine.module.backbone.config.save_pretrained(folder)
+    backbone: Any = engine.module.backbone
+    backbone.config.architectures = [type(backbone).__name__]  # that of the model it was opened from may lack the head
+    backbone.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_settings(folder, settings)
     if distributed.world() > 1:
         weight_map = {name.removeprefix(_PREFIX): _weights_file(rank) for name, rank in owners.items()}
         total = 4 * sum(math.prod(shape) for shape in engine.shapes.values())

@@ -1,4 +1,7 @@
-"""Stages `pretrain` and, later, `finetune`: what a training run may be told. The loop itself is trainer/loop.py."""
+"""What a training run may be told, whatever its objective. The loop itself is trainer/loop.py.
+
+This is the stage `pretrain`; `finetune` (trainer/finetune.py) and `teacher` have the same keys with other defaults.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,37 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuideConfig:
+    path: str = key("", help="model that judges candidates, with this model's tokenizer; empty: none")
+    margin: float = key(0.0, help="hide a candidate that it finds closer than the positive by more than this")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatryoshkaConfig:
+    sizes: list[int] = key([], help="lengths of shorter embeddings, cut from the whole one, that are trained as well")
+    weights: list[float] = key([], help="weight of each, beside 1 for the whole embedding; empty: 1 each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    distill: str = key("kl", help="distance to the teacher in distillation", choices=("kl", "margin_mse"))
+    both_directions: bool = key(False, help="passages look for their query too; the mean of both losses")
+    same_tower: bool = key(False, help="other rows' queries are candidates too")
+    margin: float | None = key(
+        None, help="hide a candidate whose similarity exceeds the positive's by more than this; null: never"
+    )
+    teacher_margin: float | None = key(
+        None, help="hide a hard negative whose teacher logit exceeds the positive's by more than this; null: never"
+    )
+    guide: GuideConfig = key(GuideConfig(), help="another model's judgement on candidates")
+    matryoshka: MatryoshkaConfig = key(MatryoshkaConfig(), help="embeddings that may be cut")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     run_dir: str = key(help="folder of the run; a run that is there goes on")
     data: str | list[str] = key(help="shard folders, globs, or a mixture file")
-    objective: str = key("contrastive", help="what is learned", choices=("contrastive",))
+    objective: str = key("contrastive", help="what is learned", choices=("contrastive", "distillation", "ranking"))
     model: ModelConfig = key(help="the encoder")
     tokenizer: str = key("", help="tokenizer folder or hub id; empty: the model's own")
     prompts: Prompts = key(Prompts(), help="prefixes of the two sides")
@@ -58,6 +88,18 @@ class Config:
     eps: float = key(1e-8, help="AdamW's epsilon", above=0)
     max_grad_norm: float = key(1.0, help="clip the global gradient norm; 0: never", low=0)
     temperature: float = key(0.01, help="divisor of the similarities", above=0)
+    negatives: int = key(0, help="hard negatives of each pair in a batch: other ones in every epoch", low=0)
+    loss: LossConfig = key(LossConfig(), help="terms beyond the recipe, all off")
+
+    scores: str = key("", help="distillation: folder of the score cache that `quintet distill` fills")
+    teacher_fingerprint: str = key("", help="whose scores, where the folder has those of several teachers")
+    missing_scores: str = key(
+        "error",
+        help="error; contrastive: those rows go without the teacher; wait: for a worker that is running",
+        choices=("error", "contrastive", "wait"),
+    )
+    scores_wait_minutes: float = key(60.0, help="wait: longest wait for a batch's scores", above=0)
+    alpha: float = key(0.2, help="distillation: weight of the contrastive term, beside 1 for the teacher's", low=0)
 
     zero_stage: int = key(1, help="DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
     precision: str = key("fp32", help="of the encoder's matrix products: fp32, or bf16 by autocast")
@@ -69,7 +111,7 @@ class Config:
 
     lanes: int = key(64, help="parts of every source that are read side by side; a multiple of the ranks", low=1)
     homogeneous: bool = key(True, help="take each global batch from one source")
-    alpha: float = key(1.0, help="a source without a weight counts as its size to this power", low=0)
+    source_power: float = key(1.0, help="a source without a weight counts as its size to this power", low=0)
     shuffle_blocks: int = key(8, help="blocks of a lane that are shuffled together", low=1)
     data_workers: int = key(1, help="threads that prepare batches ahead", low=1)
     damaged: str = key("strict", help="damaged shards: strict stops, skip counts", choices=("strict", "skip"))
@@ -109,7 +151,35 @@ class Config:
             problems.append(
                 f"model.hidden_size={self.model.hidden_size}: not a multiple of model.heads={self.model.heads}"
             )
-        return problems
+        return problems + _objective_problems(self) + _loss_problems(self.loss)
+
+
+def _objective_problems(config: Config) -> list[str]:
+    """What does not go with the objective."""
+    problems, objective = [], config.objective
+    if objective != "contrastive" and not config.negatives:
+        problems.append(f"negatives=0: {objective} compares a positive with its hard negatives; give 1 or more")
+    if objective == "distillation" and not config.scores and config.missing_scores != "contrastive":
+        problems.append(
+            "scores: give the score cache of `quintet distill`, or train without: missing_scores=contrastive"
+        )
+    if objective != "distillation" and config.scores and config.loss.teacher_margin is None:
+        problems.append(f"scores={config.scores}: {objective} has no use for a teacher; use `quintet finetune`")
+    if config.loss.teacher_margin is not None and not config.scores:
+        problems.append(f"loss.teacher_margin={config.loss.teacher_margin}: needs a teacher's scores; give scores")
+    if objective == "ranking" and config.eval.data:
+        problems.append(f"eval.data={config.eval.data}: a cross-encoder has no vectors to search with; leave it empty")
+    return problems
+
+
+def _loss_problems(loss: LossConfig) -> list[str]:
+    sizes, weights = loss.matryoshka.sizes, loss.matryoshka.weights
+    problems = []
+    if any(size < 1 for size in sizes) or len(set(sizes)) < len(sizes):
+        problems.append(f"loss.matryoshka.sizes={sizes}: give different numbers of 1 or more")
+    if weights and (len(weights) != len(sizes) or min(weights) <= 0):
+        problems.append(f"loss.matryoshka.weights={weights}: give a number above 0 for each of sizes={sizes}, or none")
+    return problems
 
 
 def run(config: Config) -> None:

@@ -1,0 +1,105 @@
+"""A cross-encoder as a folder that transformers and sentence-transformers open, read and compared before it appears.
+
+config.json, model.safetensors, tokenizer files      transformers' ...ForSequenceClassification with one label
+pairing.json                                         how its rows are made, for `quintet distill`
+README.md                                            model card
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from data.pairing import PairTemplate
+from trainer import classic
+from trainer.card import Card, ranker_readme
+from trainer.crossencoder import CrossEncoder, Teacher
+from trainer.gradcache import pad
+
+# Between our logits and a reader's, in fp32. Logits are of order 10 where cosines are of order 1.
+TOLERANCE = 1e-4
+
+# Opens a folder as its users do: (folder, queries, passages) -> logits [n] in fp32.
+Reader = Callable[[Path, Sequence[str], Sequence[str]], Tensor]
+
+# Short, since readers cut long pairs in their own ways.
+_QUERIES = ("", "tower", "how tall is the tower?", "Wie groß ist der Fluß?", "温度を設定します")
+_PASSAGES = ("The tower is 330 metres tall.", "", "Выберите устройство.", "one line\nanother", "これは試験です。")
+
+
+def write(
+    teacher: Teacher,
+    tokenizer: Any,
+    folder: Path,
+    card: Card,
+    reader: Reader,
+    *,
+    dtype: str = "fp32",
+    overwrite: bool = False,
+) -> float:
+    """Write the cross-encoder, open it with `reader` and with transformers, and publish it when logits are equal.
+
+    Returns:
+        The largest absolute difference of any logit.
+
+    Raises:
+        UserError, QuintetError: as `classic.publish`.
+    """
+
+    def make(staging: Path) -> float:
+        rounded = _write_files(teacher, tokenizer, staging, card, dtype)
+        return _compare(rounded, teacher, staging, reader)
+
+    return classic.publish(folder, make, TOLERANCE, overwrite=overwrite)
+
+
+def _write_files(teacher: Teacher, tokenizer: Any, folder: Path, card: Card, dtype: str) -> CrossEncoder:
+    """Write all files; return the model with the weights as they were stored, in fp32 on the CPU."""
+    module = CrossEncoder(copy.deepcopy(teacher.encoder.backbone), teacher.encoder.separator).eval()
+    module.to("cpu", classic.DTYPES[dtype])
+    # sentence-transformers would squeeze the one logit into 0..1; a teacher's scores are the logits themselves.
+    module.backbone.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    with classic.quiet():
+        module.backbone.save_pretrained(folder, max_shard_size="1000GB")
+    types = [] if module.separator is None else ["token_type_ids"]
+    inputs = ["input_ids", *types, "attention_mask"]
+    classic.write_tokenizer(tokenizer, teacher.pairs.settings.max_length, folder, inputs)
+    teacher.pairs.save(folder)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    text = ranker_readme(card, parameters=parameters, max_length=teacher.pairs.settings.max_length)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return module.float()
+
+
+def _compare(module: CrossEncoder, teacher: Teacher, folder: Path, reader: Reader) -> float:
+    """The largest difference between the model's logits and those of the reader and of transformers."""
+    ids, mask = pad(teacher.pairs.encode(_QUERIES, _PASSAGES), torch.arange(len(_QUERIES)).numpy(), teacher.padding_id)
+    with torch.no_grad():
+        ours = module(ids, mask)[:, 0]
+    queries, passages = _templated(teacher.pairs.settings.template)
+    theirs = (reader(folder, queries, passages), _transformers(folder, queries, passages))
+    return float(torch.stack([(ours - logits).abs().max() for logits in theirs]).max())
+
+
+def _templated(template: PairTemplate) -> tuple[list[str], list[str]]:
+    """The samples as the cross-encoder reads them."""
+    queries = [template.query.replace("{query}", text) for text in _QUERIES]
+    return queries, [template.passage.replace("{passage}", text) for text in _PASSAGES]
+
+
+def _transformers(folder: Path, queries: Sequence[str], passages: Sequence[str]) -> Tensor:
+    """What a user of transformers gets: all pairs in one padded batch."""
+    with classic.quiet():
+        options = {"dtype": torch.float32, "trust_remote_code": False}
+        model = AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    inputs = tokenizer(list(queries), list(passages), padding=True, truncation="only_second", return_tensors="pt")
+    with torch.no_grad():
+        logits: Tensor = model(**inputs).logits
+    return logits[:, 0]
