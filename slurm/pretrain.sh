@@ -18,6 +18,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 # shellcheck source=/dev/null
 if [ -f slurm/site.env ]; then . slurm/site.env; fi
 if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
+stage=${QUINTET_STAGE:-pretrain} # slurm/finetune.sh is this script with another one
 
 # Every rank meets at the first node: by its name, or by its address where the name does not resolve.
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -30,11 +31,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}" OMP_WAIT_
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch by itself
 
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST)," \
-    "$SLURM_NTASKS ranks, commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), quintet pretrain $*"
+    "$SLURM_NTASKS ranks, commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), quintet $stage $*"
 
 # In the background, because bash runs a trap only between commands. Slurm warns this script alone (B: above), so the
 # script tells the ranks; a signal also ends `wait` too early, which then has to wait again.
-srun --kill-on-bad-exit=1 quintet pretrain "$@" &
+srun --kill-on-bad-exit=1 quintet "$stage" "$@" &
 step=$!
 trap 'signalled=1; kill -USR1 "$step" 2>/dev/null || true' USR1
 trap 'signalled=1; kill -TERM "$step" 2>/dev/null || true' TERM INT

@@ -31,6 +31,30 @@ PUBLISHED = {
     "multilingual-base": ("FacebookAI/xlm-roberta-base", 2e-4, 30_000),
     "multilingual-large": ("FacebookAI/xlm-roberta-large", 1e-4, 30_000),
 }
+# (peak learning rate, batch, epochs, pairs of an epoch); how many of the English ones are from NQ is not published
+FINETUNED = {
+    "small": (3e-5, 256, 3, 835_000),
+    "base": (2e-5, 256, 3, 835_000),
+    "large": (1e-5, 256, 3, 835_000),
+    "multilingual-small": (3e-5, 512, 2, 1_596_000),
+    "multilingual-base": (2e-5, 512, 2, 1_596_000),
+    "multilingual-large": (1e-5, 512, 2, 1_596_000),
+    "multilingual-large-instruct": (1e-5, 512, 2, 1_800_000),
+}
+THOUSANDS = {
+    "msmarco-passage": 500,
+    "msmarco-document": 70,
+    "open-qa": 220,
+    "nli": 275,
+    "eli5": 100,
+    "nllb": 100,
+    "dureader": 86,
+    "fever": 70,
+    "hotpotqa": 70,
+    "quora": 15,
+    "mrtydi": 50,
+    "miracl": 40,
+}
 MILLIONS_SAMPLED = {
     "wikipedia": 150,
     "mc4": 160,
@@ -68,6 +92,7 @@ def test_the_recipe_loads_for_its_stage(recipe: str) -> None:
 
 def test_every_published_recipe_is_there() -> None:
     assert {path.stem for path in (CONFIGS / "pretrain").glob("[!_]*.yaml")} == set(PUBLISHED)
+    assert {path.stem for path in (CONFIGS / "finetune").glob("[!_]*.yaml")} == set(FINETUNED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -82,6 +107,58 @@ def test_the_recipe_has_the_published_values(name: str) -> None:
     assert recipe.model.pooling == "mean"
     assert recipe.model.freeze_positions is True
     assert (recipe.prompts.query, recipe.prompts.passage) == ("query: ", "passage: ")
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_the_recipe_of_fine_tuning_has_the_published_values(name: str) -> None:
+    recipe = load(f"finetune/{name}.yaml")
+    lr, batch_size, epochs, pairs_of_an_epoch = FINETUNED[name]
+    assert (recipe.lr, recipe.batch_size) == (lr, batch_size)
+    assert recipe.steps * batch_size == pytest.approx(epochs * pairs_of_an_epoch, rel=0.01)
+    assert recipe.objective == "distillation"
+    assert recipe.loss.distill == "kl"
+    assert (recipe.alpha, recipe.temperature, recipe.negatives) == (0.2, 0.01, 7)
+    assert (recipe.max_length, recipe.warmup_steps, recipe.weight_decay) == (192, 400, 0.01)
+    assert recipe.model.pooling == "mean"
+    assert recipe.model.freeze_positions is True
+    assert recipe.missing_scores == "error"
+    passage = "" if name.endswith("instruct") else "passage: "
+    assert recipe.prompts.passage == passage
+
+
+def test_the_instruct_recipe_asks_in_the_published_form() -> None:
+    query = load("finetune/multilingual-large-instruct.yaml").prompts.query
+    assert query == "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: "
+
+
+def opened(name: str, tmp_path: Path) -> mixture.Mixture:
+    """A mixture of configs/mixtures over shards that stand where it looks for them."""
+    folder = tmp_path / "configs/mixtures"
+    folder.mkdir(parents=True)
+    (folder / name).write_text((CONFIGS / "mixtures" / name).read_text())
+    sources = yaml.safe_load((folder / name).read_text())["sources"]
+    for number, (source, entry) in enumerate(sources.items()):
+        write_shards((folder / entry["shards"]).resolve(), pairs(8, seed=number, source=source), source=source)
+    return mixture.load(str(folder / name))
+
+
+def test_the_mixture_of_fine_tuning_has_the_published_thousands(tmp_path: Path) -> None:
+    found = opened("me5-finetune.yaml", tmp_path)
+    assert {source.name: source.weight for source in found.sources} == THOUSANDS
+    assert sum(THOUSANDS.values()) == 1_596
+    assert {source.name for source in found.sources if source.symmetric} == {"nli", "nllb", "quora"}
+
+
+def test_nli_goes_without_a_teacher_and_with_queries_on_both_sides(tmp_path: Path) -> None:
+    flags = {source.name: (source.scores, source.symmetric) for source in opened("e5-finetune.yaml", tmp_path).sources}
+    assert flags == {"msmarco": (True, None), "nq": (True, None), "nli": (False, True)}
+
+
+def test_every_public_source_of_the_instruct_mixture_has_an_instruction(tmp_path: Path) -> None:
+    found = opened("me5-instruct.yaml", tmp_path)
+    assert [source.name for source in found.sources if not source.instruction] == ["synthetic"]
+    assert len(found.sources) == 15
+    assert {source.name for source in found.sources if source.symmetric} == {"nli", "quora"}
 
 
 @pytest.mark.parametrize(("size", "gpus", "per_gpu"), [("small", 16, 2_048), ("base", 32, 1_024), ("large", 64, 512)])

@@ -75,6 +75,18 @@ def test_arguments_reach_quintet_unchanged(bin_folder: Path) -> None:
     assert arguments == ["--kill-on-bad-exit=1", *expected]
 
 
+def test_the_script_for_fine_tuning_is_the_same_with_another_stage(bin_folder: Path) -> None:
+    (bin_folder.parent / "slurm").mkdir()
+    shutil.copy(SCRIPT, bin_folder.parent / "slurm")
+    environment = _environment(bin_folder, SRUN_CODE="75")
+    finetune = SCRIPT.with_name("finetune.sh")
+    result = subprocess.run([str(finetune), "lr=1e-5"], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 75, result.stderr
+    arguments = (bin_folder.parent / "srun.arguments").read_text(encoding="utf-8").splitlines()
+    assert arguments == ["--kill-on-bad-exit=1", "quintet", "finetune", "lr=1e-5"]
+    assert _requeues(bin_folder) == ["requeue 41234"]
+
+
 def test_ranks_are_told_where_to_meet_and_how_many_threads_they_have(bin_folder: Path) -> None:
     _run(bin_folder)
     seen = _seen_by_the_ranks(bin_folder)
@@ -135,7 +147,9 @@ def test_an_unset_variable_of_slurm_stops_the_job_before_it_starts_ranks(bin_fol
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
-@pytest.mark.parametrize("script", [SCRIPT, SCRIPT.parent.parent / ".ci" / "run"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [*SCRIPT.parent.glob("*.sh"), SCRIPT.parent.parent / ".ci" / "run"], ids=lambda path: path.name
+)
 def test_shellcheck_finds_nothing(script: Path) -> None:
     result = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout
