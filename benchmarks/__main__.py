@@ -1,4 +1,4 @@
-"""Runs the benchmarks: python -m benchmarks [--quick] [step] [loss] [reading]."""
+"""Runs the benchmarks: python -m benchmarks [--quick] [step] [loss] [reading] [scores]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-SCRIPTS = ("step", "loss", "reading")
+SCRIPTS = ("step", "loss", "reading", "scores")
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, loss, step
+from benchmarks import common, loss, scores, step
+from benchmarks.__main__ import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 MEBIBYTE = 1 << 20
@@ -72,8 +73,15 @@ def test_the_loss_stage_of_all_sides_is_that_of_float64_before_it_is_timed() -> 
     json.dumps(result)
 
 
+@pytest.mark.slow
+def test_the_cache_and_the_teacher_give_what_their_peers_give_before_they_are_timed() -> None:
+    result = scores.measure(quick=True)
+    assert result["correctness"]["largest difference of a logit"] < 1e-5
+    json.dumps(result)
+
+
 def test_an_unknown_benchmark_is_refused_by_name() -> None:
     command = [sys.executable, "-m", "benchmarks", "stepp"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "stepp: no such benchmark; there are step, loss, reading" in done.stderr
+    assert f"stepp: no such benchmark; there are {', '.join(SCRIPTS)}" in done.stderr
