@@ -63,15 +63,21 @@ def tables(
         shard, number = map(int, source.blocks[block])
         found = read_block(source.index, shard, number, policy=policy)
         if found.problems:
-            lost = found.records - found.good
-            _log.warning("source %s: %d records left out: %s", source.name, lost, found.problems[0])
+            _warn_once(f"source {source.name}: {found.records - found.good} records left out: {found.problems[0]}")
         labelled = _labelled(found.table, source)
         yield int(source.starts[block]), labelled if columns is None else labelled.select(columns)
 
 
+@cache
+def _warn_once(text: str) -> None:
+    """A stage reads the same block several times."""
+    _log.warning("%s", text)
+
+
 def read(mixture: Mixture, unit: Unit, *, policy: Policy = "strict") -> pa.Table:
     """All good rows of a unit in one table, as `tables` gives them."""
-    found = [table for _, table in tables(mixture, unit, policy=policy)]
+    read = [table for _, table in tables(mixture, unit, policy=policy)]
+    found = [table for table in read if len(table)] or read[:1]  # a lost block has no columns of tokens
     shared = [name for name in found[0].column_names if all(name in table.column_names for table in found)]
     return pa.concat_tables([table.select(shared) for table in found]).combine_chunks()
 
@@ -107,12 +113,12 @@ def write_rows(writer: ShardWriter, table: pa.Table, *, tokens: bool) -> None:
     """Append the rows of a table to a shard; `tokens` says whether the writer takes theirs."""
     rows = zip(*(table[name].to_pylist() for name in NAMES), strict=True)
     records = (Record(**{**dict(zip(NAMES, row, strict=True)), "negatives": tuple(row[5])}) for row in rows)
-    if not tokens:
+    if not (tokens and len(table)):
         for record in records:
             writer.write(record)
         return
     queries, passages, negatives = (table[name].combine_chunks() for name in TOKEN_COLUMNS)
-    sides = zip(_lists(queries), _lists(passages), _lists_of_lists(negatives), strict=True)
+    sides: Any = zip(_lists(queries), _lists(passages), _lists_of_lists(negatives), strict=True)
     for record, ids in zip(records, sides, strict=True):
         writer.write(record, ids)
 

@@ -1,17 +1,14 @@
-"""Collections of passages: which texts are in them, whose vectors, and that ranks and kills change nothing."""
+"""Collections of passages: which texts are in them, in which order, and whose vectors they have."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import kills
 import numpy as np
 import pairs
 import pytest
-import ranks
 import tiny
 import torch
 
@@ -21,8 +18,6 @@ from data.parts import Parts
 from data.records import Record, text_hash
 from trainer import corpus
 from trainer.embed import Embedder, load_model
-
-SEED = 5
 
 
 def _records(count: int, seed: int) -> list[Record]:
@@ -48,23 +43,6 @@ def _data(folder: Path) -> mixture.Mixture:
 
 def _embedder(folder: Path) -> Embedder:
     return Embedder(load_model(str(folder / "bert"), torch.device("cpu")), torch.device("cpu"), tokens_per_chunk=256)
-
-
-def _make(folder: Path, work: Path, sample: int = 0, hold: bool = True) -> corpus.Passages:
-    parts = Parts(work, {"sample": sample}, hold=hold)
-    passages = corpus.collect(parts, "pool", _data(folder), sample=sample, seed=SEED)
-    corpus.embed(parts, "pool", passages, _embedder(folder), dtype="float16", block=16)
-    return passages
-
-
-def _digests(work: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in work.glob("pool*")}
-
-
-def _on_rank(folder: Path, work: Path, sample: int) -> int:
-    from trainer import distributed
-
-    return len(_make(folder, work, sample, hold=distributed.rank() == 0))
 
 
 def test_the_first_of_equal_texts_stands_for_them_in_the_order_of_the_data(folder: Path, tmp_path: Path) -> None:
@@ -141,18 +119,3 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lines\.txt: there is no text in it"):
         corpus.collect(parts, "corpus", str(tmp_path / "lines.txt"))
     assert not parts.has("corpus.arrow")
-
-
-def test_two_ranks_write_the_bytes_of_one(folder: Path, tmp_path: Path) -> None:
-    _make(folder, tmp_path / "one", 50)
-    assert ranks.run(_on_rank, 2, tmp_path, folder, tmp_path / "two", 50) == [50, 50]
-    assert _digests(tmp_path / "two") == _digests(tmp_path / "one")
-
-
-def test_a_job_that_is_killed_again_and_again_finishes_every_part_once_with_the_same_bytes(
-    folder: Path, tmp_path: Path
-) -> None:
-    _make(folder, tmp_path / "whole", 70)
-    finished = kills.until_done(_make, folder, tmp_path / "work", 70, log=tmp_path / "log", preload="trainer.corpus")
-    assert len(finished) == len(set(finished)) > 20
-    assert _digests(tmp_path / "work") == _digests(tmp_path / "whole")

@@ -344,7 +344,11 @@ def test_encoding_leaves_no_trace_and_runs_as_many_forwards_as_all_ranks(tmp_pat
     model.encoder.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
     model.encoder.train()
     done: list[int] = []
-    vectors = encode_texts(model, TEXTS, agree_max=lambda chunks: chunks + 2, progress=lambda texts, tokens=0: done.append(texts))
+
+    def count(texts: float, tokens: int = 0) -> None:
+        done.append(int(texts))
+
+    vectors = encode_texts(model, TEXTS, agree_max=lambda chunks: chunks + 2, progress=count)
     assert model.encoder.training
     assert not vectors.requires_grad
     assert sum(done) == len(TEXTS) == sum(rows for rows, _ in shapes[:-2])

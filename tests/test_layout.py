@@ -34,6 +34,7 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="u
 MODULES = sorted({stage.module for stage in STAGES.values()})
 # import names that differ from the name of what is installed
 DISTRIBUTIONS = {
+    "faiss": "faiss-cpu",
     "huggingface_hub": "huggingface-hub",
     "pytrec_eval": "pytrec-eval-terrier",
     "sentence_transformers": "sentence-transformers",
