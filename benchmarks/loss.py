@@ -36,7 +36,7 @@ class Case:
 
 
 SQUARE = Case()
-POOL = Case(queries=2048, candidates=32_768, chunks=(32, 64, 128, 256, 512, 1024, 2048), repeats=5)
+POOL = Case(queries=2048, candidates=32_768, chunks=(32, 256, 512, 1024, 2048), blocks=(64, 128, 256, 512), repeats=5)
 QUICK = Case(queries=96, candidates=192, size=32, chunks=(32, 96), blocks=(32,), repeats=1)
 
 Run = Callable[[], tuple[Tensor, Tensor, Tensor]]  # loss, gradient of the queries, gradient of the candidates
