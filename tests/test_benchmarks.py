@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import common, loss, scores, step
-from benchmarks.__main__ import SCRIPTS
+from benchmarks.__main__ import SCRIPTS, run
 
 ROOT = Path(__file__).parent.parent
 MEBIBYTE = 1 << 20
@@ -78,6 +78,13 @@ def test_the_cache_and_the_teacher_give_what_their_peers_give_before_they_are_ti
     result = scores.measure(quick=True)
     assert result["correctness"]["largest difference of a logit"] < 1e-5
     json.dumps(result)
+
+
+def test_a_benchmark_shows_its_tables_and_saves_nothing_when_it_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    run("reading", quick=True)
+    shown = capsys.readouterr().out
+    assert "ours, columns" in shown
+    assert "written" not in shown
 
 
 def test_an_unknown_benchmark_is_refused_by_name() -> None:
