@@ -1,4 +1,4 @@
-"""Runs the benchmarks: python -m benchmarks [--quick] [step] [loss] [reading] [scores]."""
+"""Runs the benchmarks: python -m benchmarks [--quick] [name ...]."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import importlib
 import os
 import subprocess
 import sys
-from typing import Any
 
-SCRIPTS = ("step", "loss", "reading", "scores")
+SCRIPTS = ("step", "loss", "reading", "scores", "search")
 
 
 def main() -> None:
@@ -40,33 +39,11 @@ def run(name: str, quick: bool) -> None:
         result = importlib.import_module(f"benchmarks.{name}").measure(quick)
     except common.GateError as error:
         sys.exit(f"{name}: not timed, since the variants do not compute the same: {error}")
-    if "tables" not in result:
-        result = {**result, **_reading(result)}
     if quick:
         result["targets"] = []  # its sizes are not those that the targets speak of
     common.show(name, result)
     if not quick:
         print(f"written: {common.save(name, result, where).relative_to(common.ROOT)}")
-
-
-def _reading(result: dict[str, Any]) -> dict[str, Any]:
-    """The figures of benchmarks/reading.py as a table with its target."""
-    from benchmarks import common
-
-    states = ("warm", "cold")
-    rows = [
-        {
-            "reader": name,
-            **{f"{state}, records/s": round(result["records_per_s"][state][name]) for state in states},
-            **{f"{state}, x peer": result["ratio_to_peer"][state][name] for state in states},
-        }
-        for name in result["records_per_s"]["warm"]
-    ]
-    slowest = min(result["ratio_to_peer"][state]["ours, blocks, texts"] for state in states)
-    return {
-        "tables": [common.table(f"{result['records']:,} records, peer: {result['peer']}", rows)],
-        "targets": [common.target("our blocks as texts, records/s over the peer's", 5.0, slowest)],
-    }
 
 
 if __name__ == "__main__":
