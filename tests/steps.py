@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ def train(
     return {name: engine.weight(name) for name in engine.shapes}, reports
 
 
-def train_all(model: Path, cases: list[tuple[Any, ...]], objective: str = "contrastive") -> list[Any]:
-    return [train(model, *case, objective) for case in cases]
+def train_all(model: Path, cases: list[tuple[Any, ...]]) -> list[Any]:
+    return [train(model, *case) for case in cases]
 
 
 def dropout_seed(step: int, rank: int, chunk: int) -> int:
@@ -110,14 +110,35 @@ def global_loss(shares: list[tuple[Any, Tensor]]) -> Tensor:
     return F.cross_entropy(logits, torch.from_numpy(positive))
 
 
+def distilled_loss(shares: list[tuple[Any, Tensor]]) -> Tensor:
+    """KL by torch's own kl_div over each query's scored passages + ALPHA x cross-entropy over the joined batch."""
+    kl, queries = torch.zeros(()), 0
+    for batch, vectors in shares:
+        b, k = batch.num_queries, batch.num_negatives
+        query, positive, negatives = vectors.split([b, b, b * k])
+        for row in range(b):
+            texts = [batch.passage_hash[row], *batch.passage_hash[b + row * k : b + (row + 1) * k]]
+            scored = [
+                n for n in range(1 + k) if not math.isnan(batch.scores[row, n]) and (not n or texts[n] != texts[0])
+            ]
+            queries += 1
+            if 0 not in scored or len(scored) < 2:
+                continue
+            group = torch.cat([positive[row : row + 1], negatives[row * k : (row + 1) * k]])[scored]
+            student = F.log_softmax(group @ query[row] / 0.01, 0)
+            teacher = F.log_softmax(torch.from_numpy(batch.scores[row, scored]), 0)
+            kl = kl + F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return kl / queries + ALPHA * global_loss(shares)
+
+
 def plain(
     model_folder: Path,
     world: int,
     tokens_per_chunk: int,
-    make: Callable[[int], Any],
-    loss_of: Callable[[list[tuple[Any, Tensor]]], Tensor] = global_loss,
+    negatives: int,
+    objective: str = "contrastive",
 ) -> tuple[Any, list[Any]]:
-    """The steps on make(step), a global batch, dealt to `world` ranks whose dropout is drawn as theirs is."""
+    """The steps that `train` takes on `world` ranks together: the same global batches, the same dropout."""
     model = encoder(model_folder)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -127,10 +148,13 @@ def plain(
     adam = torch.optim.AdamW(groups, lr=LR, **ADAM)
     reports = []
     for number in range(STEPS):
-        parts = [batches.share(make(number), rank, world) for rank in range(world)]
+        whole = batches.make(PAIRS, negatives, number, scored=objective == "distillation")
+        parts = [batches.share(whole, rank, world) for rank in range(world)]
         adam.zero_grad()
         embedded = [embed_share(model, part, tokens_per_chunk, number, rank) for rank, part in enumerate(parts)]
-        loss = loss_of(list(zip(parts, embedded, strict=True)))
+        loss = {"contrastive": global_loss, "distillation": distilled_loss}[objective](
+            list(zip(parts, embedded, strict=True))
+        )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
         adam.step()

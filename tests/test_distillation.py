@@ -1,18 +1,13 @@
-"""The terms of distillation against float64 and sentence-transformers, and their step on n ranks against one."""
+"""The terms of distillation against float64 and sentence-transformers; their whole step is in test_step.py."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import batches
 import pytest
-import ranks
 import steps
-import tiny
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.losses import kl_to_teacher, margin_mse
@@ -125,58 +120,3 @@ def test_margin_mse_equals_sentence_transformers_margin_mse_loss():
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(q.grad.double(), theirs[0].grad, rtol=1e-4, atol=1e-6)
-
-
-# --- the whole step ---------------------------------------------------------------------------------------------------
-
-
-def global_loss(parts: list[tuple[Any, Tensor]], alpha: float) -> Tensor:
-    """KL by torch's own kl_div over each query's scored passages + alpha x cross-entropy over the joined batch."""
-    kl, queries = torch.zeros(()), 0
-    for batch, vectors in parts:
-        b, k = batch.num_queries, batch.num_negatives
-        query, positive, negatives = vectors.split([b, b, b * k])
-        for row in range(b):
-            texts = [batch.passage_hash[row], *batch.passage_hash[b + row * k : b + (row + 1) * k]]
-            scored = [
-                n for n in range(1 + k) if not math.isnan(batch.scores[row, n]) and (not n or texts[n] != texts[0])
-            ]
-            queries += 1
-            if 0 not in scored or len(scored) < 2:
-                continue
-            group = torch.cat([positive[row : row + 1], negatives[row * k : (row + 1) * k]])[scored]
-            student = F.log_softmax(group @ query[row] / 0.01, 0)
-            teacher = F.log_softmax(torch.from_numpy(batch.scores[row, scored]), 0)
-            kl = kl + F.kl_div(student, teacher, reduction="sum", log_target=True)
-    return kl / queries + alpha * steps.global_loss(parts)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.bert(tmp_path_factory.mktemp("distillation") / "bert")
-
-
-# (ZeRO stage, tokens a chunk, bytes of kept graphs, negatives)
-CASES = [(0, 70, 0.0, 3), (1, 10**6, 1e12, 3), (2, 70, 0.0, 1), (3, 70, 0.0, 3)]
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_update_with_a_teacher_equals_one_process_in_plain_pytorch(world: int, model: Path, tmp_path: Path):
-    """KL on, hard negatives on, clipping on, at every ZeRO stage."""
-    outcomes = ranks.run(steps.train_all, world, tmp_path, model, CASES, "distillation")
-    start = dict(steps.encoder(model).named_parameters())
-    for number, case in enumerate(CASES):
-        _, size, _, negatives = case
-        weights, reports = steps.plain(
-            model, world, size, lambda step, k=negatives: batches.make(steps.PAIRS, k, step, scored=True), distilled
-        )
-        for got, _ in (outcome[number] for outcome in outcomes):
-            assert steps.update_error(start, got, weights) < 1e-5, case
-        for step, (loss, norm) in enumerate(reports):
-            mine = [outcome[number][1][step] for outcome in outcomes]
-            assert sum(report[0] for report in mine) / world == pytest.approx(loss, rel=1e-5), case
-            assert all(report[1] == pytest.approx(norm, rel=1e-4) and report[1] > steps.MAX_NORM for report in mine)
-
-
-def distilled(parts: list[tuple[Any, Tensor]]) -> Tensor:
-    return global_loss(parts, steps.ALPHA)

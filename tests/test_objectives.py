@@ -242,6 +242,36 @@ def test_the_cases_hide_what_they_are_named_after():
             assert abs(defined(name)[0] - float(bare.contrastive())) > 1e-4, name
 
 
+@pytest.mark.parametrize(
+    ("options", "peer"),
+    [
+        (
+            {"both_directions": True},
+            {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+        ),
+        ({"same_tower": True}, {"directions": ("query_to_doc", "query_to_query"), "partition_mode": "joint"}),
+    ],
+)
+def test_directions_and_towers_equal_those_of_sentence_transformers(options: dict[str, Any], peer: dict[str, Any]):
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    batch = batches.make(PAIRS, 2, 5)
+    batch = replace(batch, query_hash=np.arange(PAIRS), passage_hash=np.arange(100, 100 + 3 * PAIRS))
+    mine = vectors(batch, SIZE, 1).requires_grad_()
+    loss, _ = contrastive(mine, batch, temperature=TEMPERATURE, options=Options(**options))
+    (gradient,) = torch.autograd.grad(loss, mine)
+    wide = mine.detach().double().requires_grad_()
+    query, positive, hard = wide.split([PAIRS, PAIRS, 2 * PAIRS])
+    theirs = losses.MultipleNegativesRankingLoss(model=None, scale=1 / TEMPERATURE, similarity_fct=torch_dot, **peer)
+    wanted = theirs.compute_loss_from_embeddings([query, positive, hard[0::2], hard[1::2]], None)
+    (expected,) = torch.autograd.grad(wanted, wide)
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert float((gradient.double() - expected).norm() / expected.norm()) < 1e-5
+
+
+def torch_dot(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b.T
+
+
 def test_figures_of_a_distillation_add_up_to_its_loss():
     batch = whole_batch(2, False)
     _, figures = distillation(vectors(batch, SIZE, 1), batch, temperature=TEMPERATURE, alpha=ALPHA)
@@ -269,7 +299,7 @@ def test_listwise_ranking_equals_a_softmax_over_each_group_in_float64():
         first.append(float(logits[group, 0].argmax() == 0))
     wanted = torch.stack(losses).mean()
     wanted.backward()
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
     assert torch.allclose(ours.grad.double(), wide.grad, atol=1e-7)
     assert float(figures["train/acc_top1"]) == pytest.approx(sum(first) / 6)
     assert 0 < sum(first) < 6

@@ -6,12 +6,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import batches
 import pytest
 import ranks
 import tiny
 import torch
-from steps import MAX_NORM, PAIRS, STEPS, encoder, plain, train, train_all, update_error
+from steps import MAX_NORM, STEPS, encoder, plain, train, train_all, update_error
 
 CHUNKS = {"one text": 1, "several": 70, "all": 10**6}
 KEPT = {"replayed": 0.0, "kept": 1e12}
@@ -22,20 +21,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.bert(tmp_path_factory.mktemp("step") / "bert")
 
 
+# (ZeRO stage, tokens a chunk, bytes of kept graphs, hard negatives): KL to a teacher on, clipping on
+DISTILLED = [(0, 70, 0.0, 3), (1, 10**6, 1e12, 3), (2, 70, 0.0, 1), (3, 70, 0.0, 3)]
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_parameter_update_equals_one_process_in_plain_pytorch(world: int, model: Path, tmp_path: Path):
     stages = (0, 1, 2, 3) if world < 4 else (1, 3)
-    cases = list(itertools.product(stages, CHUNKS.values(), KEPT.values(), (0, 3)))
+    cases = [
+        *((*case, "contrastive") for case in itertools.product(stages, CHUNKS.values(), KEPT.values(), (0, 3))),
+        *((*case, "distillation") for case in DISTILLED),
+    ]
     outcomes = ranks.run(train_all, world, tmp_path, model, cases)
     start = dict(encoder(model).named_parameters())
-    wanted = {
-        (size, k): plain(model, world, size, lambda step, k=k: batches.make(PAIRS, k, step))
-        for size in CHUNKS.values()
-        for k in (0, 3)
-    }
+    references = {(size, negatives, objective) for _, size, _, negatives, objective in cases}
+    wanted = {key: plain(model, world, *key) for key in references}
     for number, case in enumerate(cases):
-        _, size, budget, negatives = case
-        weights, steps = wanted[size, negatives]
+        _, size, budget, negatives, objective = case
+        weights, steps = wanted[size, negatives, objective]
         for got, _ in (outcome[number] for outcome in outcomes):
             assert update_error(start, got, weights) < 1e-5, case
         reports = [outcome[number][1] for outcome in outcomes]
