@@ -104,7 +104,12 @@ class Case:
 
 
 def case(
-    folder: Path, by_source: dict[str, list[Record]], settings: Settings, within: str = "all", unit: int = 50
+    folder: Path,
+    by_source: dict[str, list[Record]],
+    settings: Settings,
+    within: str = "all",
+    unit: int = 50,
+    loaded: bool = False,
 ) -> Case:
     for name, rows in by_source.items():
         write_shards(folder / name, rows, source=name, block_records=16)
@@ -115,8 +120,10 @@ def case(
         np.save(folder / "vectors.npy", np.stack([vector(text) for text in map(normalise, texts)]).astype(np.float32))
     known.write(folder / "known.npy", data)
     pools.write_groups(folder / "pools.npy", data, passages, within)
-    vectors = Vectors(folder / "vectors.npy")
-    choice = Pools(passages, vectors, None if within == "all" else folder / "pools.npy", within)
+    vectors_file = folder / "vectors.npy"
+    vectors = Vectors(vectors_file)
+    groups = None if within == "all" else folder / "pools.npy"
+    choice = Pools(passages, vectors, groups, within, torch.from_numpy(np.load(vectors_file)) if loaded else None)
     miner = Miner(data, choice, Known(folder / "known.npy"), Embedder(), settings)  # type: ignore[arg-type]
     return Case(miner, by_source, mined.cut(data, unit)[0], np.load(folder / "vectors.npy"), texts)
 
@@ -207,11 +214,13 @@ def test_negatives_are_those_of_a_brute_force_search(name: str, tmp_path: Path) 
     check(case(tmp_path, {"one": records(80, 1), "two": records(50, 2)}, SETTINGS[name]))
 
 
-@pytest.mark.parametrize("within", ["source", "language"])
-def test_a_record_gets_passages_of_its_own_pool_alone(within: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("within", "loaded"), [("source", False), ("language", False), ("all", True), ("source", True)]
+)
+def test_a_record_gets_passages_of_its_own_pool_alone(within: str, loaded: bool, tmp_path: Path) -> None:
     shared = [record for record in records(80, 1)[:40] if not record.negatives]
     data = {"one": records(80, 1), "two": records(50, 2) + shared}
-    check(case(tmp_path, data, SETTINGS["positive-aware"], within), within)
+    check(case(tmp_path, data, SETTINGS["positive-aware"], within, loaded=loaded), within)
 
 
 @pytest.mark.parametrize("name", ["drawn", "partly random"])

@@ -1,6 +1,6 @@
 """Which passages are known to answer a query: those that no row may get as a negative.
 
-The table is a sorted .npy file of (query hash, passage hash), mapped into memory: 16 bytes a pair.
+The table is a .npy file, mapped into memory: two rows, sorted query hashes and the passage's hash of each.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Known:
 
     def of(self, query_hash: Ints) -> tuple[Ints, Ints]:
         """The known positives of some queries: (which of the queries, rising; the passage's hash) of each pair."""
-        column = self._pairs[:, 0]
-        starts = np.searchsorted(column, query_hash, side="left")
-        counts = np.searchsorted(column, query_hash, side="right") - starts
-        return np.repeat(np.arange(len(query_hash)), counts), self._pairs[spans(starts, counts), 1]
+        queries, passages = self._pairs
+        starts = np.searchsorted(queries, query_hash, side="left")
+        counts = np.searchsorted(queries, query_hash, side="right") - starts
+        return np.repeat(np.arange(len(query_hash)), counts), passages[spans(starts, counts)]
 
 
 def write(path: Path, mixture: Mixture, corpus: str = "", *, policy: Policy = "strict") -> None:
@@ -52,20 +52,23 @@ def write(path: Path, mixture: Mixture, corpus: str = "", *, policy: Policy = "s
         UserError: qrels that cannot be read.
         DataError: damaged shards, under `strict`.
     """
-    pairs = np.concatenate([*_of_records(mixture, policy), *_of_qrels(Path(corpus))])
-    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
-    pairs = pairs[order]
-    fresh = np.ones(len(pairs), np.bool_)
-    fresh[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
-    save_array(path, pairs[fresh])
+    save_array(path, distinct(np.concatenate([*_of_records(mixture, policy), *_of_qrels(Path(corpus))], axis=1)))
+
+
+def distinct(pairs: Ints) -> Ints:
+    """int64 [2, n], sorted and without repeats."""
+    pairs = pairs[:, np.lexsort(pairs[::-1])]
+    fresh = np.ones(pairs.shape[1], np.bool_)
+    fresh[1:] = (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)
+    return pairs[:, fresh]
 
 
 def _of_records(mixture: Mixture, policy: Policy) -> Iterator[Ints]:
     for unit in scan.units(mixture, _UNIT):
         for _, table in scan.tables(mixture, unit, ["query_hash", "passage_hash", "symmetric"], policy=policy):
-            pairs = np.stack([table["query_hash"].to_numpy(), table["passage_hash"].to_numpy()], axis=1)
+            pairs = np.stack([table["query_hash"].to_numpy(), table["passage_hash"].to_numpy()])
             yield pairs
-            yield pairs[table["symmetric"].to_numpy()][:, ::-1]
+            yield pairs[::-1, table["symmetric"].to_numpy()]
 
 
 def _of_qrels(folder: Path) -> Iterator[Ints]:
@@ -84,7 +87,7 @@ def _of_qrels(folder: Path) -> Iterator[Ints]:
         for query in sorted(relevant.get(key, ()))
         if query in hashes
     ]
-    yield np.array(found, np.int64).reshape(-1, 2)
+    yield np.array(found, np.int64).reshape(-1, 2).T
 
 
 def _judged(file: Path) -> Iterator[tuple[str, str]]:

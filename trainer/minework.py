@@ -150,7 +150,7 @@ def _miner(task: Task, parts: Parts, passages: Passages, vectors: Vectors) -> Mi
             "pools.npy",
             lambda path: pools.write_groups(path, task.data, passages, task.within, policy=task.policy),
         )
-    choice = Pools(passages, vectors, groups, task.within)
+    choice = Pools(passages, vectors, groups, task.within, pools.load(vectors, task.embedder.device))
     return Miner(task.data, choice, Known(pairs), task.embedder, task.settings, task.policy)
 
 

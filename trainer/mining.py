@@ -125,7 +125,7 @@ class Miner:
     def _passages(self, table: pa.Table, passage_hash: Ints) -> Tensor:
         """fp32 [b, D]: the vectors of the rows' own passages: those of the collection, where it has them."""
         numbers = self.pools.everything.places_of(passage_hash)
-        vectors = self.pools.everything[numbers.clip(min=0)]
+        vectors = self.pools.everything.of(numbers.clip(min=0))
         absent = np.flatnonzero(numbers < 0)
         if len(absent):
             texts = scan.passage_texts(table.take(pa.array(absent)), self._prompts)
@@ -178,7 +178,9 @@ class Miner:
         found_scores, found_places = top_k(queries[torch.from_numpy(rows)], pool, depth, device=device)
         scores, places = found_scores.cpu().numpy(), found_places.cpu().numpy()
         banned = among(rows[:, None] * len(pool) + places, codes)
-        lots = mix(pool.hashes(places).view(np.uint64) ^ seeds[rows, None], settings.seed)
+        lots = None
+        if settings.sampling == "random":
+            lots = mix(pool.hashes(places).view(np.uint64) ^ seeds[rows, None], settings.seed)
         positive, free = mined["positive"][rows], settings.count - mined["kept"][rows]
         taken = choose(
             places,
@@ -186,7 +188,7 @@ class Miner:
             banned,
             positive,
             (free - np.minimum(free, settings.random_count)).astype(np.int64),
-            lots if settings.sampling == "random" else None,
+            lots,
             settings.rules,
         )
         best = np.where(banned, -np.inf, scores).max(axis=1)
@@ -249,6 +251,6 @@ def _scores(pool: Pool, queries: Tensor, places: Ints) -> Floats:
         rows, columns = np.nonzero(places[start : start + _SCORED_ROWS] != NONE)
         rows += start
         if len(rows):
-            vectors = pool[places[rows, columns]]
+            vectors = pool.of(places[rows, columns])
             scores[rows, columns] = (queries[torch.from_numpy(rows)] * vectors).sum(dim=1).numpy()
     return scores

@@ -23,28 +23,43 @@ from data.parts import save_array
 from data.reading import Policy
 from data.records import text_hash
 from trainer.corpus import Passages, Vectors
+from trainer.device import free_memory
+from trainer.known import distinct
 
 Ints = NDArray[np.int64]
 
 WITHIN = ("all", "source", "language")
 _UNIT = 1 << 16
+_TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Some passages with their vectors; `members` are their numbers, rising, or None for all of them."""
+    """Some passages with their vectors.
+
+    Attributes:
+        members: their numbers, rising, or None for all of them.
+        loaded: all vectors on the device that searches, or None where they are read from their file.
+    """
 
     passages: Passages
     vectors: Vectors
     members: Ints | None = None
-
-    dtype = torch.float32
+    loaded: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.passages) if self.members is None else len(self.members)
 
-    def __getitem__(self, places: slice | Ints) -> Tensor:
-        """fp32 [n, D]: the vectors of some places."""
+    def __getitem__(self, places: slice) -> Tensor:
+        """fp32 [n, D]: the vectors of some places, where they are searched."""
+        if self.loaded is None:
+            return self.of(places)
+        if self.members is None:
+            return self.loaded[places].float()
+        return self.loaded[torch.from_numpy(self.members[places]).to(self.loaded.device)].float()
+
+    def of(self, places: slice | Ints) -> Tensor:
+        """fp32 [n, D] on the host: the vectors of some places."""
         return self.vectors[places if self.members is None else self.members[places]]
 
     def numbers(self, places: Ints) -> Ints:
@@ -71,10 +86,18 @@ class Pools:
         passages, vectors: the collection.
         groups: a file of `write_groups`; None for one pool of everything.
         within: one of WITHIN, as the file was written with.
+        loaded: see Pool.
     """
 
-    def __init__(self, passages: Passages, vectors: Vectors, groups: Path | None = None, within: str = "all") -> None:
-        self.everything = Pool(passages, vectors)
+    def __init__(
+        self,
+        passages: Passages,
+        vectors: Vectors,
+        groups: Path | None = None,
+        within: str = "all",
+        loaded: Tensor | None = None,
+    ) -> None:
+        self.everything = Pool(passages, vectors, loaded=loaded)
         self._within = within
         self._groups: Ints | None = None if groups is None else np.load(groups, mmap_mode="r")
 
@@ -85,23 +108,30 @@ class Pools:
             return
         codes = _codes(source, table, self._within)
         for code in np.unique(codes):
-            start, stop = np.searchsorted(self._groups[:, 0], [code, code + 1])
-            members = np.ascontiguousarray(self._groups[start:stop, 1])
+            start = np.searchsorted(self._groups[0], code, side="left")
+            stop = np.searchsorted(self._groups[0], code, side="right")
+            members = np.array(self._groups[1, start:stop])
             yield replace(self.everything, members=members), np.flatnonzero(codes == code)
 
 
+def load(vectors: Vectors, device: torch.device) -> Tensor | None:
+    """All vectors on a GPU, when they take at most half of what is free there: it searches faster than a disk reads."""
+    if device.type == "cpu" or vectors.rows.nbytes > free_memory(device) / 2:
+        return None
+    loaded = torch.empty(vectors.shape, dtype=_TYPES[str(vectors.rows.dtype)], device=device)
+    for start in range(0, len(vectors), _UNIT):
+        loaded[start : start + _UNIT] = vectors[start : start + _UNIT].to(device)
+    return loaded
+
+
 def write_groups(path: Path, mixture: Mixture, passages: Passages, within: str, policy: Policy = "strict") -> None:
-    """Sort the passages of all records by the pools they belong to: int64 [x, 2], (pool, passage)."""
-    pieces = [np.empty((0, 2), np.int64)]
+    """Sort the passages of all records by the pools they belong to: int64 [2, x], pools and passages."""
+    pieces = [np.empty((2, 0), np.int64)]
     for unit in scan.units(mixture, _UNIT):
         for _, table in scan.tables(mixture, unit, ["passage_hash", "lang"], policy=policy):
             numbers = passages.numbers_of(table["passage_hash"].to_numpy())
-            pieces.append(np.stack([_codes(unit.source, table, within), numbers], axis=1))
-    pairs = np.concatenate(pieces)
-    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-    fresh = np.ones(len(pairs), np.bool_)
-    fresh[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
-    save_array(path, pairs[fresh])
+            pieces.append(np.stack([_codes(unit.source, table, within), numbers]))
+    save_array(path, distinct(np.concatenate(pieces, axis=1)))
 
 
 def _codes(source: int, table: pa.Table, within: str) -> Ints:
