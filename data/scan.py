@@ -74,9 +74,9 @@ def _warn_once(text: str) -> None:
     _log.warning("%s", text)
 
 
-def read(mixture: Mixture, unit: Unit, *, policy: Policy = "strict") -> pa.Table:
+def read(mixture: Mixture, unit: Unit, columns: Sequence[str] | None = None, *, policy: Policy = "strict") -> pa.Table:
     """All good rows of a unit in one table, as `tables` gives them."""
-    read = [table for _, table in tables(mixture, unit, policy=policy)]
+    read = [table for _, table in tables(mixture, unit, columns, policy=policy)]
     found = [table for table in read if len(table)] or read[:1]  # a lost block has no columns of tokens
     shared = [name for name in found[0].column_names if all(name in table.column_names for table in found)]
     return pa.concat_tables([table.select(shared) for table in found]).combine_chunks()

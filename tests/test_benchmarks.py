@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, loss, scores, step
+from benchmarks import common, loss, scores, search, step
 from benchmarks.__main__ import SCRIPTS, run
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +79,24 @@ def test_the_cache_and_the_teacher_give_what_their_peers_give_before_they_are_ti
     result = scores.measure(quick=True)
     assert result["correctness"]["largest difference of a logit"] < 1e-5
     json.dumps(result)
+
+
+def test_search_and_filter_give_what_faiss_gives_before_they_are_timed() -> None:
+    result = search.measure(quick=True)
+    checked = result["correctness"]["top-k"]
+    assert checked["score_difference"] < 1e-6
+    assert checked["clear_places"] > 0.8 * checked["places"]
+    assert result["correctness"]["30% wrong"]["kept"] < result["correctness"]["0% wrong"]["kept"]
+    json.dumps(result)
+
+
+def test_a_gate_refuses_another_number_and_another_verdict() -> None:
+    scores, numbers = np.array([[0.9, 0.5, 0.500001]]), np.array([[1, 2, 3]])
+    assert search._gate_search((scores, np.array([[1, 3, 2]])), (scores, numbers))["clear_places"] == 1
+    with pytest.raises(common.GateError, match="1 numbers"):
+        search._gate_search((scores, np.array([[4, 2, 3]])), (scores, numbers))
+    with pytest.raises(common.GateError, match="1 pairs"):
+        search._gate_filter(np.array([True, True]), np.array([0.9, 0.3]), np.array([[0.8, 0.5], [0.8, 0.5]]))
 
 
 def test_a_benchmark_shows_its_tables_and_saves_nothing_when_it_is_quick(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer import topk
+from trainer.device import inner_products
 from trainer.topk import top_k
 
 
@@ -55,15 +57,21 @@ def test_real_vectors_find_their_nearest(passage_block: int) -> None:
 
 
 def test_memory_stays_at_a_block_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    largest = 0
-    product = torch.Tensor.__matmul__
+    sizes: list[tuple[int, int]] = []
 
-    def watched(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        nonlocal largest
-        result = product(left, right)
-        largest = max(largest, result.numel())
-        return result
+    def watched(queries: torch.Tensor, passages: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        sizes.append((len(out), len(queries) * len(passages)))
+        return inner_products(queries, passages, out)
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    monkeypatch.setattr(topk, "inner_products", watched)
     top_k(torch.randn(64, 4), torch.randn(300, 4), 2, query_block=8, passage_block=20)
-    assert largest == 8 * 20
+    assert set(sizes) == {(8 * 20, 8 * 20)}
+
+
+def test_groups_of_columns_hide_nothing() -> None:
+    random = torch.Generator().manual_seed(3)
+    queries, passages = (torch.randint(-3, 4, (count, 5), generator=random).float() for count in (20, 64 * 9 + 7))
+    scores, numbers = top_k(queries, passages, 12, passage_block=128)  # blocks of two groups, and a shorter one
+    right_scores, right_numbers = _reference(queries, passages, 12)
+    np.testing.assert_array_equal(numbers.numpy(), right_numbers)
+    np.testing.assert_array_equal(scores.numpy(), right_scores)

@@ -33,7 +33,7 @@ from trainer.corpus import Passages, stored
 from trainer.embed import Embedder, Progress, load_model, progress_bar
 from trainer.filter import Config
 from trainer.filterreport import Tally
-from trainer.rankcount import TIE, count_above, own_scores
+from trainer.rankcount import TIES, count_above, own_scores
 from trainer.topk import Rows, top_k
 
 log = logging.getLogger("quintet")
@@ -42,6 +42,7 @@ REPORT = "report.json"
 UNIT = 32_768  # pairs of a part at least: the window that is sorted by length, and what a killed rank may lose
 _NO_LIMIT = 1 << 60
 _VERDICT = np.dtype([("score", "<f4"), ("count", "<i4"), ("written", "?")])
+_JUDGED = ("query", "passage", "id", "instruction", "symmetric", "passage_hash")
 _SHOWN = 2  # passages of the pool that are shown with a reject
 
 
@@ -62,6 +63,10 @@ class Judge:
     def policy(self) -> Policy:
         return self.config.damaged  # type: ignore[return-value]
 
+    @property
+    def tie(self) -> float:
+        return TIES[self.config.precision]
+
     @cached_property
     def units(self) -> list[Unit]:
         return scan.units(self.data, UNIT)
@@ -75,16 +80,20 @@ class Judge:
             "model": self.embedder.identity,
             "data": scan.identity(self.data),
             **{name: getattr(self.config, name) for name in names},
-            "tie": TIE,
+            "tie": self.tie,
         }
 
     def name(self, unit: int) -> str:
         """The part with the verdicts on a unit."""
         return f"verdicts-{unit:06d}"
 
-    def rows(self, unit: int) -> pa.Table:
-        """The pairs of a unit, with the noise that is planted among them."""
-        table = scan.read(self.data, self.units[unit], policy=self.policy)
+    def judged(self, unit: int) -> pa.Table:
+        """What the verdicts on a unit depend on."""
+        return self.rows(unit, _JUDGED)
+
+    def rows(self, unit: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The pairs of a unit, with the noise that is planted among them; None: all columns."""
+        table = scan.read(self.data, self.units[unit], columns, policy=self.policy)
         if not self.config.plant_noise:
             return table
         return noise.exchange(
@@ -105,7 +114,7 @@ class Judge:
 def open_judge(config: Config, device: torch.device) -> Judge:
     """Open model and data. Raises UserError or DataError."""
     data = mixture.load(config.data, allow_pipe=config.allow_pipe, policy=config.damaged)  # type: ignore[arg-type]
-    model = load_model(config.model, device)
+    model = load_model(config.model, device, config.max_length)
     return Judge(config, Embedder(model, device, config.precision, config.tokens_per_chunk), data)
 
 
@@ -138,7 +147,7 @@ def _judge_all(judge: Judge, parts: Parts, pool: Passages, vectors: corpus.Vecto
     total = sum(judge.units[number].records for number in numbers)
     candidates = _on_device(vectors, judge.embedder.device)
     with distributed.together(), progress_bar(total, "pairs scored") as progress:
-        for number, table in work.ahead(judge.rows, numbers):
+        for number, table in work.ahead(judge.judged, numbers):
             verdicts = _verdicts(judge, table, pool, candidates, progress)
             parts.write(judge.name(number), partial(save_array, array=verdicts))
 
@@ -158,7 +167,7 @@ def _verdicts(judge: Judge, table: pa.Table, pool: Passages, candidates: Rows, p
     same = torch.from_numpy(pool.numbers_of(table["passage_hash"].to_numpy()))
     verdicts["score"] = own.numpy()
     verdicts["count"] = count_above(
-        queries, own, candidates, same, limit=judge.config.top_k, device=judge.embedder.device
+        queries, own, candidates, same, limit=judge.config.top_k, tie=judge.tie, device=judge.embedder.device
     ).numpy()
     verdicts["written"] = verdicts["count"] < judge.config.top_k
     if judge.config.plant_noise:  # it is wrong by construction: whoever trains on the output must not meet it
@@ -329,7 +338,7 @@ def _with_rivals(
     queries = judge.embedder(scan.query_texts(texts, judge.prompts))
     same = pool.numbers_of(text_hashes([reject["passage"] for reject in rejects]))
     own = torch.tensor([reject["score"] for reject in rejects])
-    counts = count_above(queries, own, vectors, torch.from_numpy(same), limit=len(pool), device=device)
+    counts = count_above(queries, own, vectors, torch.from_numpy(same), limit=len(pool), tie=judge.tie, device=device)
     scores, numbers = (found.cpu().numpy() for found in top_k(queries, vectors, _SHOWN + 1, device=device))
     for row, reject in enumerate(rejects):
         # Embedded in other company the query has other last bits: that it has lost is settled.

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from data.errors import UserError
 from trainer import distributed
@@ -45,3 +50,29 @@ def full_products() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def inner_products(queries: Tensor, passages: Tensor, out: Tensor | None = None) -> Tensor:
+    """queries [n, d] and passages [m, d] -> [n, m], without TF32.
+
+    Args:
+        out: memory for at least n * m results of their type, to be used again from block to block: fresh pages cost
+            a tenth of the product.
+    """
+    n, m = len(queries), len(passages)
+    into = queries.new_empty(n, m) if out is None else out[: n * m].view(n, m)
+    if queries.device.type == "cpu" and queries.dtype == torch.float32:
+        # numpy's OpenBLAS makes 100 GFLOP/s on a core of a Zen 4 where the MKL in torch makes 75.
+        np.matmul(queries.numpy(), passages.numpy().T, out=into.numpy())
+        return into
+    with full_products():
+        return torch.mm(queries, passages.T, out=into)
+
+
+@cache
+def has_fast_bf16(kind: str) -> bool:
+    """Whether bf16 products are faster than fp32 ones on this machine's "cpu" or "cuda": two to ten times, where so."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and re.search(r"\b(avx512_bf16|amx_bf16)\b", flags.read_text()) is not None

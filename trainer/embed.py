@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import xxhash
@@ -22,6 +22,9 @@ from trainer import checkpoint
 from trainer.encoder import Encoder, Model, open_model
 from trainer.gradcache import Rows, pad, plan
 
+if TYPE_CHECKING:
+    from trainer.crossencoder import CrossEncoder
+
 log = logging.getLogger("quintet")
 
 TOKENS_PER_CHUNK = 16_384
@@ -30,13 +33,13 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress(Protocol):
-    """Told of every further number of texts done (where texts are counted in pairs: parts of one), and their tokens."""
+    """Told of every further number of texts done, which may be a broken one, and of their tokens."""
 
     def __call__(self, texts: float, tokens: int = 0) -> None: ...
 
 
 def encode(
-    encoder: Encoder,
+    encoder: Encoder | CrossEncoder,
     tokens: Ragged,
     *,
     tokens_per_chunk: int = TOKENS_PER_CHUNK,
@@ -48,7 +51,7 @@ def encode(
     """Embed n texts, without dropout and gradients: fp32 [n, D] on the host, in the order given.
 
     Args:
-        encoder: on `device`; it is left in the mode (train or eval) it came in.
+        encoder: on `device`; it is left in the mode (train or eval) it came in. A cross-encoder gives logits, D = 1.
         tokens: the texts' ids; texts of similar length share a chunk.
         tokens_per_chunk: padded tokens of one forward at most, but at least one text.
         precision: fp32, or bf16 for autocast.
@@ -77,7 +80,7 @@ def encode(
     return vectors
 
 
-def _forward(encoder: Encoder, tokens: Ragged, rows: Rows, device: torch.device | str) -> Tensor:
+def _forward(encoder: Encoder | CrossEncoder, tokens: Ragged, rows: Rows, device: torch.device | str) -> Tensor:
     ids, mask = pad(tokens, rows)
     vectors: Tensor = encoder(ids.to(device), mask.to(device))
     return vectors.float()
@@ -119,11 +122,14 @@ def encode_texts(
 # --- what the stages that use a model have in common -----------------------------------------------------------
 
 
-def load_model(path: str, device: torch.device) -> Model:
+def load_model(path: str, device: torch.device, max_length: int | None = None) -> Model:
     """Open a model folder, a hub id, a checkpoint, or a run folder: its exported model, else its newest checkpoint.
 
+    Args:
+        max_length: tokens of a text at most, instead of the model's own.
+
     Raises:
-        UserError: there is no model, or the run has none yet.
+        UserError: there is no model, the run has none yet, or it takes no texts of that length.
     """
     folder = Path(path)
     if (folder / checkpoint.MANIFEST).is_file():
@@ -131,8 +137,15 @@ def load_model(path: str, device: torch.device) -> Model:
     elif (folder / "config.yaml").is_file():
         source = _model_of_run(folder)
     else:
-        return open_model(path, device=device)
-    return replace(open_model(source, device=device), name=folder.resolve().name)
+        return _cut(open_model(path, device=device), max_length)
+    return _cut(replace(open_model(source, device=device), name=folder.resolve().name), max_length)
+
+
+def _cut(model: Model, max_length: int | None) -> Model:
+    longest = model.encoder.max_positions
+    if max_length is not None and max_length > longest:
+        raise UserError(f"max_length={max_length}: this model takes at most {longest} tokens")
+    return model if max_length is None else replace(model, max_length=max_length)
 
 
 def _model_of_run(run_dir: Path) -> Path:

@@ -65,7 +65,7 @@ def run(config: Config) -> None:
     begin = time.perf_counter()
     device = pick_device(config.device)
     data_sets = sets.load(config.data, split=config.split, limit=config.limit, seed=config.seed)
-    model = _with_overrides(load_model(config.model, device), config)
+    model = _with_prompts(load_model(config.model, device, config.max_length), config.prompts)
     encode = _encode(model, config, device)
     prompts = Prompts(query=model.query_prompt, passage=model.passage_prompt)
     results: dict[str, Result] = {}
@@ -80,15 +80,8 @@ def run(config: Config) -> None:
     _print_table(results, model.name)
 
 
-def _with_overrides(model: Model, config: Config) -> Model:
-    longest = model.encoder.max_positions
-    if config.max_length is not None and config.max_length > longest:
-        raise UserError(f"max_length={config.max_length}: this model takes at most {longest} tokens")
-    changes: dict[str, Any] = {
-        "max_length": config.max_length,
-        "query_prompt": config.prompts.query,
-        "passage_prompt": config.prompts.passage,
-    }
+def _with_prompts(model: Model, prompts: PromptOverride) -> Model:
+    changes: dict[str, Any] = {"query_prompt": prompts.query, "passage_prompt": prompts.passage}
     return dataclasses.replace(model, **{name: value for name, value in changes.items() if value is not None})
 
 

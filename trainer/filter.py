@@ -26,6 +26,7 @@ class Config:
     plant_noise: float = key(
         0.0, help="a test: exchange the passages of this share of the pairs first, and see how many are found", low=0
     )
+    max_length: int | None = key(None, help="tokens of a text at most; null: the model's own", low=4)
     dtype: str = key("float16", help="how vectors of the pool are kept", choices=("float16", "float32"))
     shard_mib: int = key(64, help="size of a shard, in MiB", low=1, high=4096)
     tokens_per_chunk: int = key(16_384, help="padded tokens of one forward pass", low=1)

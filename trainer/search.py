@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from data.settings import key
 if TYPE_CHECKING:
     import torch
 
+    from trainer.embed import Progress
     from trainer.encoder import Model
 
 _SHOWN = 300  # characters of a passage on the screen
@@ -58,7 +59,7 @@ def _embed(
     prompt: str,
     config: Config,
     device: torch.device,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> torch.Tensor:
     import torch
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trainer.device import full_products
+from trainer.device import inner_products
 
 _GROUP = 64  # columns whose maximum is compared at once
 
@@ -49,10 +49,13 @@ def top_k(
     tiles = queries.to(device).split(query_block)
     none = torch.empty(0, dtype=torch.int64, device=device)
     best = [(tile.new_empty(len(tile), 0), none.expand(len(tile), 0)) for tile in tiles]
+    buffer = queries.new_empty(min(query_block, len(queries)) * min(passage_block, len(passages)), device=device)
     for start in range(0, len(passages), passage_block):
-        block = passages[start : start + passage_block].to(device).T
-        with full_products():
-            best = [_improve(*found, tile @ block, start, k) for found, tile in zip(best, tiles, strict=True)]
+        block = passages[start : start + passage_block].to(device)
+        best = [
+            _improve(*found, inner_products(tile, block, buffer), start, k)
+            for found, tile in zip(best, tiles, strict=True)
+        ]
     scores, numbers = (torch.cat(parts) for parts in zip(*best, strict=True))
     return scores, numbers
 
