@@ -53,17 +53,6 @@ STAGES = {
         "deepspeed --no_python --no_local_rank quintet pretrain --config configs/pretrain/small.yaml data=shards",
         {"objective": "contrastive"},
     ),
-    "finetune": Stage(
-        "trainer.finetune",
-        "fine-tuning with hard negatives and a teacher's scores",
-        "deepspeed --no_python --no_local_rank quintet finetune --config configs/finetune/small.yaml scores=scores",
-        {"objective": "distillation"},
-    ),
-    "distill": Stage(
-        "trainer.distill",
-        "a teacher's scores of mined pairs into the score cache; start as many workers as you like",
-        "quintet distill teacher=run/teacher/model data=mined scores=scores precision=bf16",
-    ),
     "filter": Stage(
         "trainer.filter",
         "consistency filter: keeps the pairs whose passage ranks first for its query in a random pool",
@@ -73,6 +62,23 @@ STAGES = {
         "trainer.mine",
         "hard negatives: passages that a model ranks high for a query and that do not answer it",
         "quintet mine model=run/model data=shards output=mined",
+    ),
+    "teacher": Stage(
+        "trainer.teacher",
+        "a cross-encoder trained on mined groups, to be the teacher of distillation",
+        "deepspeed --no_python --no_local_rank quintet teacher --config configs/teacher.yaml data=mined",
+        {"objective": "ranking"},
+    ),
+    "distill": Stage(
+        "trainer.distill",
+        "a teacher's scores of mined pairs into the score cache; start as many workers as you like",
+        "quintet distill teacher=run/teacher/model data=mined scores=scores precision=bf16",
+    ),
+    "finetune": Stage(
+        "trainer.finetune",
+        "fine-tuning with hard negatives and a teacher's scores",
+        "deepspeed --no_python --no_local_rank quintet finetune --config configs/finetune/small.yaml scores=scores",
+        {"objective": "distillation"},
     ),
     "evaluate": Stage(
         "trainer.evaluate",

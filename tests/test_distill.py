@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from data import mixture, parts
 from data.errors import DataError, Stopped, UserError
-from data.groups import distinct, windows
+from data.groups import first_places, windows
 from data.records import Record, text_hash
 from data.scores import ScoreCache, ScoreWriter, fingerprints, read_segment
 from launcher import cli
@@ -111,10 +111,10 @@ def test_windows_hold_every_pair_once(place: Path) -> None:
     assert sum(sizes) == len(RECORDS)
 
 
-def test_distinct_takes_the_first_of_equal_pairs() -> None:
+def test_the_first_of_equal_pairs_is_taken() -> None:
     query, passage = np.array([5, -1, 5, 5, -1, 7]), np.array([2, 2, 2, 3, 2, -9])
-    assert distinct(query, passage).tolist() == [0, 1, 3, 5]
-    assert distinct(query[:0], passage[:0]).tolist() == []
+    assert first_places(query, passage).tolist() == [0, 1, 3, 5]
+    assert first_places(query[:0], passage[:0]).tolist() == []
 
 
 # --- workers that are killed, stopped, or not alone ---------------------------------------------------------------

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jobs
 import numpy as np
@@ -46,8 +48,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def finetune(folder: Path, **changes: Any) -> int:
-    """`quintet finetune` in this process: 3 steps are one pass, so the negatives change every third step."""
+def finetune(folder: Path, *, export: bool = False, **changes: Any) -> int:
+    """`quintet finetune` in this process: 3 steps are one pass, so the negatives change every third step.
+
+    The export at its end takes half of the time, and most tests do not ask for it.
+    """
     values = {
         "scores": folder / "scores",
         "negatives": 2,
@@ -56,7 +61,8 @@ def finetune(folder: Path, **changes: Any) -> int:
         "warmup_steps": 2,
         **changes,
     }
-    return cli.main(["finetune", *jobs.settings(folder, **values)])
+    with nullcontext() if export else mock.patch("trainer.loop._export"):
+        return cli.main(["finetune", *jobs.settings(folder, **values)])
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -64,7 +70,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_loss_is_the_teachers_term_and_alpha_times_the_contrastive_one(folder: Path, tmp_path: Path, capsys):
-    assert finetune(folder, run_dir=tmp_path / "run", alpha=0.3) == 0
+    assert finetune(folder, run_dir=tmp_path / "run", alpha=0.3, export=True) == 0
     rows = jobs.steps(tmp_path / "run")
     assert sorted(rows) == list(range(1, 9))
     for row in rows.values():
@@ -191,6 +197,7 @@ def test_without_a_teacher_the_contrastive_loss_is_all(folder: Path, tmp_path: P
         ({"negatives": 0}, ["negatives=0", "distillation"]),
         ({"scores": ""}, ["scores", "missing_scores=contrastive"]),
         ({"scores": "nowhere"}, ["scores=nowhere", "quintet distill"]),
+        ({"scores": "nowhere", "missing_scores": "wait"}, ["scores=nowhere", "teacher_fingerprint"]),
         ({"teacher_fingerprint": "1" * 32}, ["1" * 32, TEACHER]),
         ({"teacher_fingerprint": "../x", "missing_scores": "wait"}, ["teacher_fingerprint=../x"]),
         ({"objective": "contrastive"}, ["objective", "distillation"]),
@@ -290,7 +297,7 @@ def test_instructions_become_prompts_of_the_exported_model(folder: Path, tmp_pat
     )
     run_dir, prompt = tmp_path / "run", "Instruct: Find what answers the question\nQuery: "
     changes = {"data": tmp_path / "mix.yaml", "prompts.passage": "", "steps": 3}
-    assert finetune(folder, run_dir=run_dir, **changes) == 0
+    assert finetune(folder, run_dir=run_dir, export=True, **changes) == 0
     model = pytest.importorskip("sentence_transformers").SentenceTransformer(str(run_dir / "model"), device="cpu")
     assert (model.prompts["qa"], model.prompts["document"]) == (prompt, "")
     by_name = model.encode(["the quick fox"], prompt_name="qa")
@@ -305,7 +312,8 @@ def test_a_cross_encoder_is_trained_and_opens_in_both_libraries(tmp_path: Path):
 
     from trainer.loop import fit
     from trainer.monitor import WandbConfig
-    from trainer.train import Config, ModelConfig
+    from trainer.teacher import Config
+    from trainer.train import ModelConfig
 
     hard = tuple("the quick brown fox jumps over the lazy dog"[n : n + 20] for n in range(4))
     records = [Record(f"which {n}", "Как установить "[n % 5 :] + "устройство", negatives=hard) for n in range(48)]
@@ -314,7 +322,6 @@ def test_a_cross_encoder_is_trained_and_opens_in_both_libraries(tmp_path: Path):
         "run_dir": str(tmp_path / "run"),
         "data": str(tmp_path / "shards"),
         "model": ModelConfig(path=str(tiny.bert(tmp_path / "bert")), dropout=0.0),
-        "objective": "ranking",
         "negatives": 4,
         "max_length": 60,
         "batch_size": 16,

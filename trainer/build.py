@@ -63,7 +63,8 @@ def build(config: Config, device: torch.device, saved: Checkpoint | None) -> Par
             policy=config.damaged,  # type: ignore[arg-type]
             workers=config.data_workers,
         )
-        evaluation = sets.load(config.eval.data, limit=config.eval.limit) if config.eval.data else []
+        searches = config.eval.data and not task.evaluate
+        evaluation = sets.load(config.eval.data, limit=config.eval.limit) if searches else []
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     engine = _engine(config, task.module, device)
     if saved:
@@ -75,7 +76,7 @@ def build(config: Config, device: torch.device, saved: Checkpoint | None) -> Par
         order,
         tokenizer,
         task,
-        partial(_evaluate, config, engine, tokenizer, evaluation),
+        _evaluation(config, engine, task, tokenizer, evaluation),
         sources.records,
         _flops_per_token(task.module, engine),
     )
@@ -149,25 +150,27 @@ def _flops_per_token(trained: torch.nn.Module, engine: Engine) -> float:
     return 6.0 * (engine.count - tables)
 
 
-def _evaluate(config: Config, engine: Engine, tokenizer: Any, data: list[sets.RetrievalSet]) -> dict[str, float]:
-    """Held-out metrics by name, over all ranks. A collective."""
-    if not data:
-        return {}
+def _evaluation(
+    config: Config, engine: Engine, task: Task, tokenizer: Any, data: list[sets.RetrievalSet]
+) -> Callable[[], dict[str, float]]:
+    """What measures held-out data over all ranks, a collective: metrics by name."""
+    module: Any = engine.module  # an Encoder or a CrossEncoder
+    forward = partial(
+        encode,
+        module,
+        tokens_per_chunk=config.tokens_per_chunk,
+        device=engine.device,
+        precision=config.precision,
+        agree_max=distributed.agree_max if engine.stage == 3 else None,
+    )
+    if task.evaluate:
+        return partial(task.evaluate, forward)
     cutter = TextEncoder(tokenizer, config.max_length)
-    agree = distributed.agree_max if engine.stage == 3 else None
-    encoder = engine.module
-    assert isinstance(encoder, Encoder)
+    return partial(_evaluate, config, data, lambda texts: forward(cutter.encode(texts)))
 
-    def embed(texts: Any) -> torch.Tensor:
-        return encode(
-            encoder,
-            cutter.encode(texts),
-            tokens_per_chunk=config.tokens_per_chunk,
-            device=engine.device,
-            precision=config.precision,
-            agree_max=agree,
-        )
 
+def _evaluate(config: Config, data: list[sets.RetrievalSet], embed: retrieval.Encode) -> dict[str, float]:
+    """Held-out metrics by name, over all ranks. A collective."""
     ranks = retrieval.Ranks(distributed.rank(), distributed.world(), distributed.gather_rows)
     values: dict[str, float] = {}
     for held_out in data:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from data.errors import UserError
 from data.mixture import Mixture
 from data.pairing import PairEncoder
 from data.rules import query_prefix
-from data.scores import FINGERPRINT, ScoreCache, open_cache
+from data.scores import FINGERPRINT, ScoreCache, fingerprints, open_cache
 from data.targets import Targets
-from data.tokens import fingerprint
-from trainer import objectives
+from data.tokens import Ragged, fingerprint
+from trainer import heldout, objectives, teacher
 from trainer.crossencoder import build_cross_encoder, load_cross_encoder
 from trainer.embed import encode
 from trainer.encoder import (
@@ -55,6 +55,7 @@ class Task:
     describe: writes, into a checkpoint's model folder, what must be known of it beside the backbone.
     state: what may not change while a run goes on, as plain data.
     targets: the teacher's scores, where the objective has a teacher.
+    evaluate: held-out metrics by name, of a module's rows of token ids; None where vectors are searched with.
     """
 
     module: nn.Module
@@ -63,6 +64,7 @@ class Task:
     describe: Callable[[Path], None]
     state: dict[str, Any]
     targets: Targets | None = None
+    evaluate: Callable[[Callable[[Ragged], Tensor]], dict[str, float]] | None = None
 
 
 def open_task(config: Config, sources: Mixture, tokenizer: Any, path: str, device: torch.device) -> Task:
@@ -114,7 +116,10 @@ def _instructions(config: Config, sources: Mixture) -> dict[str, str]:
 
 
 def _ranking(config: Config, tokenizer: Any, path: str) -> Task:
-    joint = PairEncoder(tokenizer, config.max_length)
+    assert isinstance(config, teacher.Config), "the stage `teacher` alone has this objective"
+    joint = PairEncoder(
+        tokenizer, config.max_length, max_query_length=config.max_query_length, template=config.template
+    )
     torch.manual_seed(config.seed)  # every rank draws the same weights
     if path == "random":
         module = build_cross_encoder(config.model.architecture, tokenizer, **_sizes(config))
@@ -126,8 +131,13 @@ def _ranking(config: Config, tokenizer: Any, path: str) -> Task:
         Collate(tokenizer, config.max_length, config.prompts, config.negatives, joint=joint.encode),
         objectives.ranking,
         joint.save,
-        {"objective": config.objective, "negatives": config.negatives},
+        {"objective": config.objective, "negatives": config.negatives, "pairing": asdict(joint.settings)},
+        evaluate=partial(heldout.evaluate, _held_out(config, joint)),
     )
+
+
+def _held_out(config: Config, joint: PairEncoder) -> list[heldout.Groups]:
+    return heldout.load(config.eval.data, config.eval.limit, joint) if config.eval.data else []
 
 
 def build_encoder(config: Config, tokenizer: Any, path: str) -> Encoder:
@@ -196,9 +206,10 @@ def _targets(config: Config) -> Targets | None:
         return None
     if fingerprint and not FINGERPRINT.fullmatch(fingerprint):
         raise UserError(f"teacher_fingerprint={fingerprint}: not 32 hexadecimal digits; `quintet distill` prints it")
-    # A worker that is waited for may not have written anything yet.
-    early = fingerprint and config.missing_scores == "wait"
-    cache = ScoreCache(folder, fingerprint) if early else open_cache(folder, fingerprint)
+    waits = config.missing_scores == "wait"  # for a worker that may not have written anything yet
+    if waits and not fingerprint and not fingerprints(folder) and not FINGERPRINT.fullmatch(Path(folder).name):
+        raise UserError(f"scores={folder}: empty yet; name whose scores to wait for: teacher_fingerprint=...")
+    cache = ScoreCache(folder, fingerprint) if waits and fingerprint else open_cache(folder, fingerprint)
     log.info("scores=%s: %d scores of teacher %s", folder, cache.load(), cache.fingerprint)
     return Targets(cache, folder, config.missing_scores)
 

@@ -167,8 +167,6 @@ def _objective_problems(config: Config) -> list[str]:
         problems.append(f"scores={config.scores}: {objective} has no use for a teacher; use `quintet finetune`")
     if config.loss.teacher_margin is not None and not config.scores:
         problems.append(f"loss.teacher_margin={config.loss.teacher_margin}: needs a teacher's scores; give scores")
-    if objective == "ranking" and config.eval.data:
-        problems.append(f"eval.data={config.eval.data}: a cross-encoder has no vectors to search with; leave it empty")
     return problems
 
 
