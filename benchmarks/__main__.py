@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-SCRIPTS = ("step", "loss", "reading", "scores", "search")
+SCRIPTS = ("step", "loss", "reading", "scores", "search", "mining")
 
 
 def main() -> None:

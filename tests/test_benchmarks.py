@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, loss, scores, search, step
+from benchmarks import common, loss, mining, scores, search, step
 from benchmarks.__main__ import SCRIPTS, run
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +87,14 @@ def test_search_and_filter_give_what_faiss_gives_before_they_are_timed() -> None
     assert checked["score_difference"] < 1e-6
     assert checked["clear_places"] > 0.8 * checked["places"]
     assert result["correctness"]["30% wrong"]["kept"] < result["correctness"]["0% wrong"]["kept"]
+    json.dumps(result)
+
+
+@pytest.mark.slow
+def test_mined_negatives_are_the_peers_before_they_are_timed() -> None:
+    result = mining.measure(quick=True)
+    assert len(result["correctness"]) == 3
+    assert all(checked["queries"] > 250 for checked in result["correctness"].values())
     json.dumps(result)
 
 

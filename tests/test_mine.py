@@ -22,6 +22,7 @@ from data.records import Record, normalise, text_hash
 from data.shards import ShardWriter, load_index, read_block, write_index
 from data.tokens import TextEncoder, fingerprint, load_tokenizer
 from launcher import config as configuration
+from launcher.cli import main
 from trainer import mine
 
 COUNT = 4
@@ -227,7 +228,7 @@ def test_a_job_that_is_killed_again_and_again_finishes_every_part_once_with_the_
     folder: Path, output: Path, tmp_path: Path
 ) -> None:
     finished = kills.until_done(
-        _on_rank, folder, tmp_path / "out", log=tmp_path / "log", every=10, preload="trainer.minework"
+        _on_rank, folder, tmp_path / "out", log=tmp_path / "log", every=40, preload="trainer.minework"
     )
     assert len(finished) == len(set(finished)) > 20
     assert _digests(tmp_path / "out") == _digests(output)
@@ -260,9 +261,12 @@ def test_an_output_is_made_once_and_replaced_only_when_asked(
         ({"corpus": "nowhere"}, "corpus=nowhere: no such file or folder"),
     ],
 )
-def test_what_is_not_there_is_named(folder: Path, tmp_path: Path, changes: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        mine.run(_config(folder, tmp_path / "out", **changes))
+def test_what_is_not_there_is_named(
+    folder: Path, tmp_path: Path, changes: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"model": folder / "bert", "data": folder / "alpha", "output": tmp_path / "out", "device": "cpu", **changes}
+    assert main(["mine", *(f"{name}={value}" for name, value in given.items())]) == 2
+    assert capsys.readouterr().err.startswith(f"quintet mine: {message}")
     assert list(tmp_path.iterdir()) == []
 
 
