@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,8 @@ from trainer.monitor import WandbConfig
 from trainer.train import ModelConfig
 
 KEYS = ("fox", "dog", "lazy", "brown", "quick", "jumps")
+# Adam with a tiny epsilon turns rounding noise into full-size updates where the true gradient is 0.
+EPS = 1e-3
 FILLERS = ("the", "over", "room", "temperature", "living")
 
 
@@ -60,14 +60,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _no_trace() -> Iterator[None]:
-    """A run in this process leaves its rank in the environment."""
-    yield
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
-
-
 def config(place: Path, run_dir: Path, **changes: Any) -> teacher.Config:
     values: dict[str, Any] = {
         "run_dir": str(run_dir),
@@ -91,7 +83,7 @@ def config(place: Path, run_dir: Path, **changes: Any) -> teacher.Config:
 def test_a_teacher_learns_what_answers_a_query_on_groups_it_has_not_seen(place: Path, tmp_path: Path) -> None:
     held = teacher.EvalConfig(data=str(place / "held"))
     template = PairTemplate(query="query: {query}", passage="{passage}")
-    teacher.run(config(place, tmp_path / "run", steps=120, warmup_steps=20, log_every=20, eval=held, template=template))
+    teacher.run(config(place, tmp_path / "run", steps=200, warmup_steps=20, log_every=50, eval=held, template=template))
     found = [row for row in jobs.metrics(tmp_path / "run") if "eval/pairs/accuracy_at_1" in row][-1]
     assert found["eval/pairs/accuracy_at_1"] > 0.6, "chance is 0.25"
     assert found["eval/pairs/mrr_at_10"] > 0.75, "chance is 0.52"
@@ -119,14 +111,14 @@ def _train(place: Path, folder: Path, stages: list[int], world: int) -> None:
 
     distributed.stop = lambda: None  # the group is needed again
     for stage in stages:
-        teacher.run(config(place, folder / f"{world}-{stage}", zero_stage=stage))
+        teacher.run(config(place, folder / f"{world}-{stage}", zero_stage=stage, eps=EPS))
 
 
 @pytest.mark.slow
 def test_two_ranks_train_the_model_that_one_trains(place: Path, tmp_path: Path) -> None:
     """Clipping is on (max_grad_norm 1), some chunks are replayed, and the ranks' rows differ in number of tokens."""
     ranks.run(_train, 2, tmp_path, place, tmp_path, [1, 3], 2)
-    teacher.run(config(place, tmp_path / "1", zero_stage=1, memory_budget_gib=0.0))
+    teacher.run(config(place, tmp_path / "1", zero_stage=1, memory_budget_gib=0.0, eps=EPS))
     start = load_file(tmp_path / "1" / "model" / "model.safetensors")
     for stage in (1, 3):
         other = load_file(tmp_path / f"2-{stage}" / "model" / "model.safetensors")
