@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,10 @@ from data.settings import key
 if TYPE_CHECKING:
     import torch
 
+    from data.groups import Numbers
     from trainer.encoder import Model
     from trainer.retrieval import Encode, Result
+    from trainer.sets import RetrievalSet
 
 _log = logging.getLogger("quintet")
 
@@ -40,6 +43,8 @@ class Config:
     data: str | list[str] = key(help="JSONL files of pairs and BEIR folders")
     output: str = key(help="folder for results.json and evaluation.json, or a .json file")
     bm25: bool = key(True, help="also score BM25")
+    rerank: str = key("", help="cross-encoder that also puts the first results in order; empty: none")
+    rerank_depth: int = key(100, help="results of each query that it reads", low=1, high=100)
     split: str = key("test", help="which qrels/<split>.tsv of BEIR folders")
     prompts: PromptOverride = key(PromptOverride(), help="prompts instead of the model's own")
     max_length: int | None = key(None, help="tokens of a text at most; null: the model's own", low=3)
@@ -68,12 +73,14 @@ def run(config: Config) -> None:
     model = _with_prompts(load_model(config.model, device, config.max_length), config.prompts)
     encode = _encode(model, config, device)
     prompts = Prompts(query=model.query_prompt, passage=model.passage_prompt)
+    rerank = _reranker(config, device) if config.rerank else None
     results: dict[str, Result] = {}
     for data in data_sets:
         for note in data.notes:
             _log.warning(note)
         _log.info("%s: %d queries, %d passages", data.name, len(data.rows), len(data.passages))
-        found = retrieval.score(data, encode, prompts, device=device)
+        again = partial(rerank, data) if rerank else None
+        found = retrieval.score(data, encode, prompts, device=device, rerank=again)
         results[data.name] = found | ({"bm25": retrieval.score_bm25(data)} if config.bm25 else {})
     notes = [note for data in data_sets for note in data.notes]
     _write(Path(config.output), results, _about(config, model, device, notes, time.perf_counter() - begin))
@@ -102,6 +109,15 @@ def _encode(model: Model, config: Config, device: torch.device) -> Encode:
     return encode
 
 
+def _reranker(config: Config, device: torch.device) -> Callable[[RetrievalSet, Numbers], Numbers]:
+    from trainer.crossencoder import open_teacher
+    from trainer.rerank import rerank
+    from trainer.scoring import Scorer
+
+    scorer = Scorer(open_teacher(config.rerank, device), device, config.precision, config.tokens_per_chunk)
+    return lambda data, found: rerank(scorer, data, found, config.rerank_depth)
+
+
 def _about(config: Config, model: Model, device: torch.device, notes: list[str], seconds: float) -> dict[str, Any]:
     """What has to be known to get the same numbers again."""
     from importlib.metadata import version
@@ -116,6 +132,8 @@ def _about(config: Config, model: Model, device: torch.device, notes: list[str],
         "query_prompt": model.query_prompt,
         "passage_prompt": model.passage_prompt,
         "max_length": model.max_length,
+        "rerank": config.rerank,
+        "rerank_depth": config.rerank_depth,
         "precision": config.precision,
         "device": str(device),
         "data": config.data,
@@ -164,7 +182,8 @@ def _print_table(results: dict[str, Result], name: str) -> None:
 
 def _by_source(result: Result, name: str) -> list[tuple[str, list[tuple[str, Result]]]]:
     """(source, [(scorer, its scores)]) for all rows together and for each source, where there are several."""
-    scorers = [(name, result)] + ([("BM25", result["bm25"])] if "bm25" in result else [])
+    others = {"re-ranked": "reranked", "BM25": "bm25"}
+    scorers = [(name, result)] + [(label, result[key]) for label, key in others.items() if key in result]
     sources = list(result.get("by_source", {}))
     groups = [("all", scorers)]
     if len(sources) > 1:

@@ -50,6 +50,7 @@ def score(
     *,
     ranks: Ranks = Ranks(),
     device: torch.device | str = "cpu",
+    rerank: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Result:
     """Rank every passage for every query by inner product and average the metrics over the rows.
 
@@ -58,6 +59,8 @@ def score(
     Args:
         encode: the encoder. Where its forward is a collective, it has to run equally often on all ranks.
         device: where the passages are searched.
+        rerank: gives the results of all queries, int64 [q, k], another order, whose figures come under "reranked"; for
+            a single process.
 
     Raises:
         NumericError: the encoder gave a vector with NaN or infinity (on all ranks at once).
@@ -68,13 +71,18 @@ def score(
     asked = ranks.split(len(queries))
     vectors = encode([queries[number] for number in asked])
     _, found = top_k(vectors, corpus, _depth(data), device=device)
-    values = metrics.per_query(_results(found.cpu().numpy(), data.own[asked]), data.relevance.take(asked))
+    results = _results(found.cpu().numpy(), data.own[asked])
+    values = metrics.per_query(results, data.relevance.take(asked))
     # A vector that is not finite spoils its query's values, so that every rank learns of it from the gather.
     values[~torch.isfinite(vectors).all(dim=1).numpy()] = np.nan
     values = ranks.join(torch.from_numpy(values), len(queries)).numpy()
     if not (torch.isfinite(corpus).all() and np.isfinite(values).all()):
         raise NumericError(f"data {data.name}: the model gives vectors with NaN or infinity; its weights are broken")
-    return averages(data, values)
+    if rerank is None:
+        return averages(data, values)
+    assert ranks.world == 1, "every query's results are here"
+    reordered = metrics.per_query(rerank(results), data.relevance)
+    return averages(data, values) | {"reranked": averages(data, reordered)}
 
 
 def score_bm25(data: RetrievalSet) -> Result:
