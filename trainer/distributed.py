@@ -59,12 +59,12 @@ def start(device: torch.device, timeout_seconds: float, rendezvous: str = "") ->
         rendezvous: an init method such as file:///path, for tests; the default is MASTER_ADDR and MASTER_PORT.
     """
     here = place()
+    for name, value in (("RANK", here.rank), ("WORLD_SIZE", here.world), ("LOCAL_RANK", here.local_rank)):
+        os.environ.setdefault(name, str(value))  # DeepSpeed insists on them, in every run of a process
     if dist.is_initialized():
         return here
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    for name, value in (("RANK", here.rank), ("WORLD_SIZE", here.world), ("LOCAL_RANK", here.local_rank)):
-        os.environ.setdefault(name, str(value))  # DeepSpeed insists on them
     if here.world == 1 and not rendezvous:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return here
