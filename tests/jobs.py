@@ -17,6 +17,7 @@ import tiny
 
 QUINTET = str(Path(sys.executable).parent / "quintet")
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def settings(folder: Path, **changes: Any) -> list[str]:
@@ -52,7 +53,9 @@ def command(ranks: int, overrides: list[str], port: int = 29650) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": bin_first()}
+    """What a job starts with: nothing of the ranks that ran inside this process, or `rank_process` finds others."""
+    clean = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+    return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": bin_first()}
 
 
 def bin_first() -> str:
