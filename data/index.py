@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 import xxhash
 
+from data import files
 from data.errors import DataError, UserError
 
 FORMAT = "quintet-shards-1"
@@ -129,23 +130,8 @@ def read(path: Path, folder: str | Path) -> Index:
 
 
 def write(path: Path, index: Index) -> None:
-    """Put an index file in its place at once: under a temporary name, synced, then renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(encode(index))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a crash."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Put an index file in its place at once."""
+    files.put(path, lambda partial: partial.write_bytes(encode(index)))
 
 
 def _block_row(block: BlockInfo) -> list[int | str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,41 +19,29 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from data import files
 from data.errors import UserError
-from data.index import sync_folder
 from data.order import differences
 
 _log = logging.getLogger("quintet")
 
-_PLAN, _LOCK, _PARTIAL = "plan.json", ".lock", ".partial"
+_PLAN, _LOCK = "plan.json", ".lock"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Make a file that is there whole or not at all, even after a power cut: temporary name, sync, rename, sync.
-
-    Args:
-        path: the file; one that is there is replaced. Its folder is made when missing.
-        write: called with the temporary path, where it leaves a file. Other processes may write the same file at the
-            same time: each has a temporary name of its own, and the last to finish stands.
+    """`files.put` for a stage's output: the folder is made when missing, and what the file system refuses is told.
 
     Raises:
-        UserError: the file system refuses, because it is full for instance; no piece of the file stays.
+        UserError: the disk is full, for instance; no piece of the file stays.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        _sync(partial)
-        os.replace(partial, path)
-        sync_folder(path.parent)
+        files.put(path, write)
     except OSError as error:
         raise UserError(
             f"{path.parent}: cannot be written ({error.strerror or error}: {path.name}); make room or name another "
             "folder, and start again: what is finished stays"
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
@@ -69,14 +56,6 @@ def array_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -
     """Begin a .npy file: the rows follow as plain bytes."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Parts:
@@ -192,7 +171,7 @@ def _read_plan(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_partial(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
+    return path.name.startswith(".") and path.name.endswith(files.PARTIAL)
 
 
 def _clear(folder: Path, chosen: Callable[[Path], bool]) -> None:

@@ -26,7 +26,8 @@ import xxhash
 from data import blocks, fetch
 from data.blocks import Tokens
 from data.errors import UserError
-from data.index import FILE_NAME, INDEX_NAME, SOURCE_NAME, BlockInfo, Index, ShardInfo, join, sync_folder, write
+from data.files import sync
+from data.index import FILE_NAME, INDEX_NAME, SOURCE_NAME, BlockInfo, Index, ShardInfo, join, write
 from data.indexing import index_shard
 from data.opening import open_local, open_remote, tar_files
 from data.reading import CAUSES, Block, Policy, Problem, cause, damaged, read_block, sniff
@@ -188,7 +189,7 @@ class ShardWriter:
         languages = dict(sorted(self._languages.items()))
         shard = ShardInfo(self._name, self._source, self._kind, self._written, size, sha256, languages, infos)
         os.replace(self._partial, self._folder / self._name)
-        sync_folder(self._folder)
+        sync(self._folder)
         self._shards.append(shard)
         self._file = self._tar = None
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import teachers
 
-from data import parts, scores
+from data import files, scores
 from data.errors import DataError, NumericError, UserError
 from data.scores import ScoreCache, Scores, ScoreWriter, fingerprints, open_cache, pair_keys
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path, monkeypatch: pyt
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(parts, "_sync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(UserError, match=f"{TEACHER}: cannot be written .No space left on device"):
         writer.flush()
     monkeypatch.undo()
@@ -181,7 +181,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 import teachers
-from data import parts
+from data import files
 from data.scores import ScoreWriter
 
 folder, teacher, point = sys.argv[1:]
@@ -205,9 +205,9 @@ if point == "writing":
     from data import scores
     scores._write = half
 elif point == "synced":
-    parts.os.replace = die
+    files.os.replace = die
 else:
-    parts.sync_folder = die
+    files.sync = lambda path: path.is_dir() and die()
 flush(1)
 """
 

@@ -29,7 +29,8 @@ from typing import Any, Protocol
 import xxhash
 
 from data.errors import UserError
-from trainer.runfolder import sync_folder, write_json
+from data.files import sync
+from trainer.runfolder import write_json
 
 log = logging.getLogger("quintet")
 
@@ -173,7 +174,7 @@ def _seal(staging: Path, final: Path, manifest: dict[str, Any], at: Callable[[st
     at("before manifest")
     _write_manifest(staging, manifest)
     for folder, _, _ in os.walk(staging):
-        sync_folder(Path(folder))
+        sync(Path(folder))
     at("before rename")
     _publish(staging, final, at)
 
@@ -242,7 +243,7 @@ def _publish(staging: Path, final: Path, at: Callable[[str], None]) -> None:
             final.rename(replaced)
         at("replaced")
     staging.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     at("renamed")
     _try_remove(replaced)
 

@@ -27,10 +27,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from data.errors import QuintetError, UserError
+from data.files import sync
 from trainer.card import Card, Facts, readme
 from trainer.embed import encode_texts
 from trainer.encoder import Encoder, Model, pool
-from trainer.runfolder import sync_folder
 
 # Opens a folder as its users do: (folder, texts, prompt name) -> vectors [n, D] in fp32, each after that prompt.
 Reader = Callable[[Path, Sequence[str], str], Tensor]
@@ -132,7 +132,7 @@ def _move(staging: Path, folder: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
-    sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
