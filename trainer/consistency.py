@@ -118,6 +118,11 @@ def open_judge(config: Config, device: torch.device) -> Judge:
     return Judge(config, Embedder(model, device, config.precision, config.tokens_per_chunk), data)
 
 
+def begin(judge: Judge, output: Path) -> bool:
+    """Whether there is anything to do. Collective. Raises UserError when an output is in the way."""
+    return work.begin(output, REPORT, judge.plan, overwrite=judge.config.overwrite)
+
+
 def filter_pairs(judge: Judge, parts: Parts, output: Path) -> None:
     """All phases of the stage. Collective."""
     config = judge.config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from data.settings import key
 
@@ -45,15 +44,6 @@ def run(config: Config) -> None:
         DataError: damaged shards, under `strict`.
         NumericError: the model gives NaN or infinity.
     """
-    from trainer import distributed, vectors, work
-    from trainer.device import pick_device
+    from trainer import vectors, work
 
-    output = Path(config.output).expanduser().absolute()
-    device = pick_device(config.device)
-    with work.job(device):
-        with distributed.together():
-            task = vectors.open_task(config, device)
-        if not vectors.begin(task, output):
-            return
-        with work.open_parts(output, task.plan) as parts:
-            vectors.encode(task, parts, output)
+    work.carry_out(config, vectors.open_task, vectors.begin, vectors.encode)

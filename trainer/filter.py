@@ -7,7 +7,6 @@ passages with a model trained on the noisy pairs, and keep the pair when it is a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from data.settings import key
 
@@ -53,15 +52,6 @@ def run(config: Config) -> None:
         DataError: damaged shards, under `strict`.
         NumericError: the model gives NaN or infinity.
     """
-    from trainer import consistency, distributed, work
-    from trainer.device import pick_device
+    from trainer import consistency, work
 
-    output = Path(config.output).expanduser().absolute()
-    device = pick_device(config.device)
-    with work.job(device):
-        with distributed.together():
-            judge = consistency.open_judge(config, device)
-        if not work.begin(output, consistency.REPORT, judge.plan, overwrite=config.overwrite):
-            return
-        with work.open_parts(output, judge.plan) as parts:
-            consistency.filter_pairs(judge, parts, output)
+    work.carry_out(config, consistency.open_judge, consistency.begin, consistency.filter_pairs)

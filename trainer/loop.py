@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,13 +18,13 @@ import torch
 
 from data.collate import Batch, score
 from data.errors import DataError, NumericError, QuintetError, Stopped, UserError
-from trainer import checkpoint, distributed, runfolder, snapshot
+from trainer import checkpoint, distributed, runfolder, snapshot, work
 from trainer.build import Parts, build, describe
 from trainer.checkpoint import Checkpoint, SaveError
 from trainer.device import pick_device
 from trainer.meter import Meter
 from trainer.monitor import Monitor, summary
-from trainer.preempt import StopRequest, die_with_parent
+from trainer.preempt import StopRequest
 from trainer.schedule import learning_rate
 from trainer.train import Config
 
@@ -45,11 +44,8 @@ def fit(config: Config) -> None:
         Stopped: asked to stop; a checkpoint was written.
     """
     device = pick_device(config.device)
-    if "LOCAL_RANK" in os.environ:
-        die_with_parent()  # a launcher that is killed takes its ranks along
-    distributed.start(device, 60 * config.timeout_minutes)
     with ExitStack() as stack:
-        stack.callback(distributed.stop)
+        stack.enter_context(work.job(device, 60 * config.timeout_minutes))
         stop = stack.enter_context(StopRequest(config.run_dir, rank=distributed.rank()))
         lease = runfolder.Lease(config.run_dir)
         distributed.on_first_rank(lambda: _take_lease(lease, config, stack))

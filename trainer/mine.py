@@ -7,7 +7,6 @@ near the positive's is more likely an answer that nobody labelled than a negativ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from data.settings import key
 
@@ -82,15 +81,6 @@ def run(config: Config) -> None:
         DataError: damaged shards, under `strict`.
         NumericError: the model gives NaN or infinity.
     """
-    from trainer import distributed, minework, work
-    from trainer.device import pick_device
+    from trainer import minework, work
 
-    output = Path(config.output).expanduser().absolute()
-    device = pick_device(config.device)
-    with work.job(device):
-        with distributed.together():
-            task = minework.open_task(config, device)
-        if not work.begin(output, minework.REPORT, task.plan, overwrite=config.overwrite):
-            return
-        with work.open_parts(output, task.plan) as parts:
-            minework.mine(task, parts, output)
+    work.carry_out(config, minework.open_task, minework.begin, minework.mine)

@@ -115,6 +115,11 @@ def _hash(file: Path) -> str:
     return digest.hexdigest()
 
 
+def begin(task: Task, output: Path) -> bool:
+    """Whether there is anything to do. Collective. Raises UserError when an output is in the way."""
+    return work.begin(output, REPORT, task.plan, overwrite=task.config.overwrite)
+
+
 def mine(task: Task, parts: Parts, output: Path) -> None:
     """All phases of the stage. Collective."""
     passages = corpus.collect(parts, "corpus", task.config.corpus or task.data, policy=task.policy)

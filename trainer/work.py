@@ -2,10 +2,10 @@
 
 The phases of a stage follow each other; in each, every rank makes its share of the parts that are still missing:
 
-    with work.job(device):
-        parts = work.open_parts(output, plan)
-        for number in work.share(parts, names):     # inside work.phase()
-            parts.write(names[number], ...)
+    for number in work.share(parts, names):
+        parts.write(names[number], ...)
+
+`carry_out` is the frame of a stage around its phases.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from data import staging
 from data.errors import UserError
 from data.parts import Parts
 from trainer import distributed
+from trainer.device import pick_device
 from trainer.preempt import die_with_parent
 
 log = logging.getLogger("quintet")
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+Settings = TypeVar("Settings", bound=Any)
+Task = TypeVar("Task", bound=Any)
 
 RESULT = "result"  # the folder of those parts that become the output
 # Ranks wait for each other at the end of a phase only, and a phase may take days.
@@ -39,15 +42,44 @@ _TIMEOUT_SECONDS = 14 * 24 * 3600.0
 
 
 @contextmanager
-def job(device: torch.device) -> Iterator[None]:
+def job(device: torch.device, timeout_seconds: float = _TIMEOUT_SECONDS) -> Iterator[None]:
     """Join the other ranks of this job, if it has any, and leave them at the end."""
     if "LOCAL_RANK" in os.environ:
         die_with_parent()  # a launcher that is killed takes its ranks along
-    distributed.start(device, _TIMEOUT_SECONDS)
+    distributed.start(device, timeout_seconds)
     try:
         yield
     finally:
         distributed.stop()
+
+
+def carry_out(
+    config: Settings,
+    open_task: Callable[[Settings, torch.device], Task],
+    begin: Callable[[Task, Path], bool],
+    phases: Callable[[Task, Parts, Path], None],
+) -> None:
+    """The frame of a stage: join the ranks, open what it needs, and do what is not done yet. Collective.
+
+    Args:
+        config: names the `output` and the `device`.
+        open_task: opens model and data; an error on any rank ends all.
+        begin: whether there is anything to do.
+        phases: does it, and publishes the output.
+    """
+    output = Path(config.output).expanduser().absolute()
+    device = pick_device(config.device)
+    with job(device):
+        with distributed.together():
+            task = open_task(config, device)
+        if not begin(task, output):
+            return
+        with open_parts(output, task.plan) as parts:
+            try:
+                phases(task, parts, output)
+            except KeyboardInterrupt:
+                log.info("what is finished is kept; start the same command to go on")
+                raise
 
 
 def folder_of(output: Path) -> Path:
