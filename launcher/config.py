@@ -177,7 +177,7 @@ def _beyond(key: Key, value: Any) -> str | None:
     if key.choices and value not in key.choices:
         near = difflib.get_close_matches(str(value), [str(choice) for choice in key.choices], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return f"must be one of {', '.join(map(str, key.choices))}{hint}"
+        return f"must be one of {', '.join(str(choice) or 'nothing' for choice in key.choices)}{hint}"
     if key.low is not None and value < key.low:
         return f"must be at least {key.low}"
     if key.above is not None and value <= key.above:
