@@ -20,7 +20,7 @@ import torch
 from pairs import pairs, write_shards
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from data import mixture, parts
+from data import files, mixture
 from data.errors import DataError, Stopped, UserError
 from data.groups import first_places, windows
 from data.records import Record, text_hash
@@ -348,7 +348,7 @@ def test_a_damaged_segment_ends_worker_and_check_with_its_name(place: Path, tmp_
 def test_a_full_disk_ends_the_worker_and_keeps_what_is_written(
     place: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, written = parts._sync, []
+    sync, written = files.sync, []
 
     def full(path: Path) -> None:
         if path.name.endswith(".partial") and ".arrow" in path.name:
@@ -357,11 +357,11 @@ def test_a_full_disk_ends_the_worker_and_keeps_what_is_written(
                 raise OSError(errno.ENOSPC, "No space left on device")
         sync(path)
 
-    monkeypatch.setattr(parts, "_sync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(UserError, match="No space left on device"):
         distill.run(_config(place, tmp_path))
     assert len(_files(tmp_path)) == 2
-    monkeypatch.setattr(parts, "_sync", sync)
+    monkeypatch.setattr(files, "sync", sync)
     distill.run(_config(place, tmp_path))
     assert _files(tmp_path) == _files(reference)
 
