@@ -56,7 +56,6 @@ def test_packed_equals_alone_where_the_family_can_be_packed(folder: Path, poolin
     wanted = one_by_one(encoder, texts)
     if not encoder.packable:
         return  # trainer/build.py refuses model.attention=packed for it, see test_train.py
-    encoder.use_packed_attention()
     rows = np.array([3, 0, 1, 9, 2, 4, 5, 6, 7, 8])
     ids, segments = pack(batch_of(texts), rows)
     with torch.no_grad():
@@ -75,7 +74,6 @@ def batch_of(texts):
 
 def test_packed_texts_do_not_see_each_other(tmp_path: Path):
     encoder = open_model(tiny.bert(tmp_path / "bert")).encoder
-    encoder.use_packed_attention()
 
     def second(first_text: list[int]) -> torch.Tensor:
         ids = torch.tensor([[*first_text, 9, 8, 7]])

@@ -115,9 +115,6 @@ def _engine(config: Config, module: torch.nn.Module, device: torch.device) -> En
 def _stepper(config: Config, engine: Engine, task: Task, tokenizer: Any) -> Stepper:
     module = engine.module
     packed = isinstance(module, Encoder) and _packed(config, module, engine.device)
-    if packed:
-        assert isinstance(module, Encoder)
-        module.use_packed_attention()
     return Stepper(
         engine,
         task.objective,
@@ -127,6 +124,7 @@ def _stepper(config: Config, engine: Engine, task: Task, tokenizer: Any) -> Step
         memory_budget=None if config.memory_budget_gib is None else config.memory_budget_gib * 2**30,
         bf16=config.precision == "bf16",
         packed=packed,
+        share_words=not config.model.compile,
     )
 
 

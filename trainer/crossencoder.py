@@ -18,7 +18,7 @@ from data.errors import UserError
 from data.pairing import PairEncoder, PairSettings, PairTemplate, read_settings, separator
 from data.tokens import load_tokenizer
 from trainer.embed import weights_hash
-from trainer.encoder import first_position, load_weights, local_folder
+from trainer.encoder import first_position, load_weights, local_folder, use_own_attention
 
 MAX_LENGTH = 192  # of SimLM's re-ranker
 # What a model's configuration says of its origin and of the library, not of what it computes.
@@ -37,6 +37,7 @@ class CrossEncoder(nn.Module):
         super().__init__()
         self.backbone, self.separator = backbone, separator
         self.size = 1
+        use_own_attention(backbone)
 
     @property
     def max_positions(self) -> int:

@@ -54,6 +54,7 @@ class Encoder(nn.Module):
             backbone.pooler = None  # type: ignore[assignment]  # BERT's tanh head is no part of an embedding, and would be a parameter without use
         self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
         self.first_position = first_position(backbone)
+        use_own_attention(backbone)
 
     @property
     def size(self) -> int:
@@ -68,11 +69,7 @@ class Encoder(nn.Module):
     @property
     def packable(self) -> bool:
         """Whether texts may be packed into one row (see Segments)."""
-        return self.backbone.config.model_type in _PACKABLE
-
-    def use_packed_attention(self) -> None:
-        """Route the backbone's attention through the packed kernel; padded calls still go to SDPA."""
-        self.backbone.set_attn_implementation(_PACKED)
+        return is_packable(self.backbone)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, segments: Segments | None = None
@@ -129,12 +126,23 @@ def freeze_positions(module: nn.Module) -> int:
     return int(table.weight.numel())
 
 
-# --- packed attention ------------------------------------------------------------------------------------------
+# --- attention -------------------------------------------------------------------------------------------------
 
-_PACKED = "quintet_packed"
+_OWN = "quintet"
 
 
-def _packed_attention(
+def is_packable(backbone: PreTrainedModel) -> bool:
+    """Whether texts may be packed into one row of it."""
+    return backbone.config.model_type in _PACKABLE
+
+
+def use_own_attention(backbone: PreTrainedModel) -> None:
+    """Route attention through the function below, in the families where it can be; the others keep theirs."""
+    if is_packable(backbone):
+        backbone.set_attn_implementation(_OWN)
+
+
+def _attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -147,11 +155,27 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query, key, value [n, H, T, d] -> [n, T, H, d]."""
     if segments is None:
-        sdpa: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        rows = (query, key, value)
+        return _padded(module, rows, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     attend = _varlen if query.is_cuda else _segment_by_segment
-    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return attend(next(rows), next(rows), next(rows), segments, scaling)[None], None
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return attend(query, key, value, segments, scaling)[None], None
+
+
+def _padded(
+    module: nn.Module, rows: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' own SDPA, in fp32 where torch's backward of it in bf16 is slow.
+
+    On a CPU that takes some 60 ms a call whatever the size, in fp32 8 to 16 ms for 4,096 tokens (benchmarks/LOG.md).
+    """
+    sdpa: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
+    query = rows[0]
+    if query.is_cuda or query.dtype != torch.bfloat16 or not query.requires_grad:
+        return sdpa(module, *rows, mask, **kwargs)
+    with torch.autocast(query.device.type, enabled=False):
+        attended, _ = sdpa(module, *(tensor.float() for tensor in rows), mask, **kwargs)
+    return attended.to(query.dtype), None
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
@@ -173,8 +197,8 @@ def _segment_by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Seg
     return torch.cat(outputs)
 
 
-AttentionInterface.register(_PACKED, _packed_attention)
-AttentionMaskInterface.register(_PACKED, sdpa_mask)
+AttentionInterface.register(_OWN, _attention)
+AttentionMaskInterface.register(_OWN, sdpa_mask)
 
 
 # --- building, opening and saving --------------------------------------------------------------------------------

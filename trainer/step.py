@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.collate import Batch
 from trainer import distributed, gradcache
@@ -17,6 +18,7 @@ from trainer.encoder import Segments
 from trainer.engine import Engine
 from trainer.gradcache import Rows, Seconds
 from trainer.objectives import Figures
+from trainer.words import Words, shared
 
 Objective = Callable[[Tensor, Batch], tuple[Tensor, Figures]]
 
@@ -41,7 +43,8 @@ class Stepper:
     """Runs steps of one engine.
 
     tokens_per_chunk bounds one forward pass; memory_budget (bytes; None: half of what is free) bounds the graphs
-    kept between the passes; packed feeds texts without padding; bf16 runs the forward under autocast.
+    kept between the passes; packed feeds texts without padding; bf16 runs the forward under autocast; share_words
+    looks word vectors up once a step (see words.py), which a compiled backbone would be compiled anew for.
     """
 
     engine: Engine
@@ -52,12 +55,13 @@ class Stepper:
     memory_budget: float | None = None
     bf16: bool = False
     packed: bool = False
+    share_words: bool = True
     _bytes_per_token: float = field(default=0.0, init=False)
 
     def __call__(self, batch: Batch, step: int, lr: float) -> Outcome:
         """Train on this rank's share of global batch number `step` at learning rate `lr`."""
         chunks, keep = self._plan(batch)
-        with self.engine.accumulate():
+        with self.engine.accumulate(), self._words(batch) as words:
             figures, seconds = gradcache.forward_backward(
                 lambda rows: self._embed(batch, rows),
                 chunks,
@@ -67,6 +71,8 @@ class Stepper:
                 seed=self._dropout_seed(step),
             )
             begin = perf_counter()
+            if words:
+                words.pass_on(self.engine.backward)
         applied = self.engine.step(lr)
         lengths = batch.tokens.lengths
         computed = sum(len(rows) * int(lengths[rows].max(initial=0)) for rows in chunks)
@@ -82,6 +88,14 @@ class Stepper:
             len(chunks),
             keep,
         )
+
+    def _words(self, batch: Batch) -> AbstractContextManager[Words | None]:
+        """The batch's word vectors, where they are trained, whole on every rank, and looked up in the plain way."""
+        table = self.engine.module.backbone.get_input_embeddings()
+        plain = type(table) is nn.Embedding and table.weight.requires_grad
+        if not (self.share_words and plain and self.engine.stage < 3):
+            return nullcontext()
+        return shared(table, np.append(batch.tokens.ids, self.padding_id))
 
     def _dropout_seed(self, step: int) -> int:
         """Of (run, step, rank): nothing of the random state is saved, and a resumed step draws what it drew."""
