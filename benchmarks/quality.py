@@ -1,15 +1,15 @@
 """Does each stage of the recipe help on real text? Three seeds, means and spreads, on held-out pairs.
 
-    python -m benchmarks.quality [noise] [negatives] [--seeds 3] [--work FOLDER]
+    python -m benchmarks.quality [noise] [finetune] [--seeds 3] [--jobs 2]
 
 noise: the passages of 30% of the collected pairs are exchanged. A model is trained on that, filters it, and a second
 model is trained for as many steps on what is kept. The planted pairs are known, so precision and recall are, too.
 
-negatives: a model trained on clean pairs mines; then it goes on with mined and, for the same steps, with random
-negatives of the same pairs.
+finetune: what demo-full.sh left in demo-full/ is fine-tuned for the same steps on random negatives, on mined ones, and
+on mined ones with the teacher; the teacher puts the first results of the last one in order.
 
-Every step is a command that a user types, run in a process of its own. What is finished in the work folder is not
-done again.
+Every step is a command that a user types, run in a process of its own, two seeds side by side. What is finished in the
+work folder is not done again.
 """
 
 from __future__ import annotations
@@ -21,44 +21,40 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
 
-SHARE, STEPS, POOL = 0.3, 80, 20_000
-TUNING = 60  # steps of fine-tuning
+SHARE, STEPS = 0.3, 80
+POOL = (
+    2_000  # a sixtieth of the corpus: E5's million was a thousandth of its own, and near duplicates are as rare there
+)
 PAIRS_A_SOURCE = 60_000
+RERANKED, RERANKED_QUERIES = 20, 600
 METRIC = "ndcg_at_10"
+FULL = Path("demo-full")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=["noise", "negatives", []], help="which; both when none is named")
+    parser.add_argument("names", nargs="*", choices=["noise", "finetune", []], help="which; both when none is named")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at the same time, one thread each")
     parser.add_argument("--work", type=Path, default=Path("demo/quality"), help="folder for data and models")
     arguments = parser.parse_args()
     where = common.environment()
-    lab = Lab(arguments.work)
-    lab.prepare()
-    experiments = {"noise": noise, "negatives": negatives}
-    for name in arguments.names or experiments:
-        rows = [experiments[name](lab, seed) for seed in range(arguments.seeds)]
-        result = {"settings": settings(arguments.seeds), "seeds": rows, "tables": [summary(name, rows)], "targets": []}
+    for name in arguments.names or EXPERIMENTS:
+        lab = Lab(arguments.work / name)
+        prepare, run = EXPERIMENTS[name]
+        prepare(lab)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            rows = list(pool.map(partial(run, lab), range(arguments.seeds)))
+        result = {"settings": SETTINGS[name], "seeds": rows, "tables": [summary(name, rows)], "targets": []}
         common.show(name, result)
         print(f"written: {common.save(f'quality-{name}', result, where).relative_to(common.ROOT)}")
-
-
-def settings(seeds: int) -> dict[str, Any]:
-    """What was run, beside the recipes in configs/tiny."""
-    return {
-        "seeds": seeds,
-        "planted": SHARE,
-        "steps": STEPS,
-        "fine-tuning steps": TUNING,
-        "pool": POOL,
-        "pairs a source": PAIRS_A_SOURCE,
-    }
 
 
 def summary(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -70,7 +66,19 @@ def summary(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return common.table(f"{name}: held-out nDCG@10 and shares, {len(rows)} seeds", lines)
 
 
-# --- the experiments -----------------------------------------------------------------------------------------------
+# --- does the filter help? ------------------------------------------------------------------------------------------
+
+
+def collect_and_pack(lab: Lab) -> None:
+    """Collected pairs as shards, with a tokenizer and a held-out set."""
+    pairs, shards = lab.path("pairs"), lab.path("shards")
+    if not (pairs / "SOURCES.json").exists():
+        lab.run("collect", "--config", "configs/tiny/collect.yaml", f"output={pairs}")
+    if not (shards / "index.json").exists():
+        lab.run(
+            *("pack", "--config", "configs/tiny/pack.yaml", f"input={pairs}/*.jsonl", f"output={shards}"),
+            f"limit={PAIRS_A_SOURCE}",
+        )
 
 
 def noise(lab: Lab, seed: int) -> dict[str, float]:
@@ -81,15 +89,25 @@ def noise(lab: Lab, seed: int) -> dict[str, float]:
         from data.noise import plant
 
         plant(mixture.load(str(lab.path("shards"))), noisy, SHARE, seed)
-    first = lab.pretrain(f"on-noisy-{seed}", noisy, seed)
+    first = pretrain(lab, f"on-noisy-{seed}", noisy, seed)
     if not kept.exists():
-        lab.ranks("filter", f"model={first}", f"data={noisy}", f"output={kept}", f"pool_size={POOL}", f"seed={seed}")
-    second = lab.pretrain(f"on-kept-{seed}", kept, seed)
+        lab.run("filter", f"model={first}", f"data={noisy}", f"output={kept}", f"pool_size={POOL}", f"seed={seed}")
+    second = pretrain(lab, f"on-kept-{seed}", kept, seed)
+    held_out = lab.path("shards") / "holdout.jsonl"
     return {
-        **lab.scores("trained on noisy pairs", first),
-        **lab.scores("trained on what the filter kept", second),
+        **lab.scores("trained on noisy pairs", first, held_out),
+        **lab.scores("trained on what the filter kept", second, held_out),
         **found(noisy, kept),
     }
+
+
+def pretrain(lab: Lab, name: str, data: Path, seed: int) -> Path:
+    """The demo's model, on some shards."""
+    return lab.train(
+        name,
+        *("pretrain", "--config", "configs/tiny/pretrain.yaml", f"data={data}", f"seed={seed}", f"steps={STEPS}"),
+        f"tokenizer={lab.path('shards')}/tokenizer",
+    )
 
 
 def found(noisy: Path, kept: Path) -> dict[str, float]:
@@ -115,32 +133,52 @@ def planted_of(folder: Path) -> tuple[int, int]:
     return sum(planted for planted, _ in counts), sum(rows for _, rows in counts)
 
 
-def negatives(lab: Lab, seed: int) -> dict[str, float]:
-    """Go on from one model with mined and with random negatives."""
-    base = lab.pretrain(f"base-{seed}", lab.path("shards"), seed)
-    found = lab.scores("before fine-tuning", base)
-    for kind, random in (("mined", 0), ("random", 7)):
-        mined = lab.path(f"{kind}-{seed}")
-        if not mined.exists():
-            lab.ranks(
-                *("mine", f"model={base}", f"data={lab.path('shards')}", f"output={mined}"),
-                *("negatives=7", f"random_negatives={random}", f"seed={seed}"),
-            )
-        tuned = lab.train(
-            f"on-{kind}-{seed}",
-            *("finetune", "--config", "configs/tiny/finetune.yaml", f"data={mined}", f"model.path={base}"),
-            *("scores=", "missing_scores=contrastive", f"steps={TUNING}", f"warmup_steps={TUNING // 10}"),
-            f"seed={seed}",
+# --- do mined negatives and the teacher help? -----------------------------------------------------------------------
+
+
+def need_full(lab: Lab) -> None:
+    """What `make demo-full` leaves, and the same pairs with random negatives."""
+    if not (FULL / "scores").is_dir():
+        sys.exit(f"{FULL}/scores: not there; run `make demo-full` first, its models and data are used here")
+    if not lab.path("random").exists():
+        random = ("random_negatives=3", f"output={lab.path('random')}")
+        lab.run("mine", "--config", f"{CONFIGS}/mine.yaml", *random)
+
+
+def finetune(lab: Lab, seed: int) -> dict[str, float]:
+    """The same model, pairs and steps, with random negatives, with mined ones, and with the teacher's judgement."""
+    alone = ("scores=", "missing_scores=contrastive")
+    kinds = {
+        "random negatives": (f"data={lab.path('random')}", *alone),
+        "mined negatives": (f"data={FULL}/mined", *alone),
+        "mined negatives and the teacher": (f"data={FULL}/mined", f"scores={FULL}/scores"),
+    }
+    held_out, rows = FULL / "shards" / "holdout.jsonl", {}
+    for kind, settings in kinds.items():
+        run = lab.train(
+            f"{kind.replace(' ', '-')}-{seed}",
+            *("finetune", "--config", f"{CONFIGS}/finetune.yaml", *settings, f"seed={seed}"),
         )
-        found |= lab.scores(f"fine-tuned with {kind} negatives", tuned)
-    return found
+        rows |= lab.scores(kind, run, held_out)
+    few = (f"limit={RERANKED_QUERIES}", f"seed={seed}")
+    by_teacher = (*few, f"rerank={FULL}/teacher/model", f"rerank_depth={RERANKED}")
+    rows |= lab.scores("mined negatives and the teacher, some queries", run, held_out, *few)
+    return rows | lab.scores(f"the teacher on the first {RERANKED} of these", run, held_out, *by_teacher)
+
+
+CONFIGS = "configs/full"
+EXPERIMENTS = {"noise": (collect_and_pack, noise), "finetune": (need_full, finetune)}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "noise": {"planted": SHARE, "steps": STEPS, "pool": POOL, "pairs a source": PAIRS_A_SOURCE},
+    "finetune": {"reranked": RERANKED, "queries reranked": RERANKED_QUERIES},
+}
 
 
 # --- running stages ------------------------------------------------------------------------------------------------
 
 
 class Lab:
-    """A folder of data and models, and the commands that make them, on two ranks."""
+    """A folder of data and models, and the commands that make them, each in one process of one thread."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -148,53 +186,27 @@ class Lab:
     def path(self, name: str) -> Path:
         return self.folder / name
 
-    def prepare(self) -> None:
-        """Collected pairs as shards, with a tokenizer and a held-out set."""
-        pairs, shards = self.path("pairs"), self.path("shards")
-        if not (pairs / "SOURCES.json").exists():
-            self.run("collect", "--config", "configs/tiny/collect.yaml", f"output={pairs}")
-        if not (shards / "index.json").exists():
-            self.run(
-                *("pack", "--config", "configs/tiny/pack.yaml", f"input={pairs}/*.jsonl", f"output={shards}"),
-                f"limit={PAIRS_A_SOURCE}",
-            )
-
-    def pretrain(self, name: str, data: Path, seed: int) -> Path:
-        """The demo's model, on some shards."""
-        return self.train(
-            name,
-            *("pretrain", "--config", "configs/tiny/pretrain.yaml", f"data={data}", f"seed={seed}", f"steps={STEPS}"),
-            f"tokenizer={self.path('shards')}/tokenizer",
-        )
-
     def train(self, name: str, *words: str) -> Path:
         """A run folder, trained to the end."""
         run = self.path(name)
         if not (run / "model").exists():
-            self.ranks(*words, f"run_dir={run}", "eval.data=[]", "wandb.mode=disabled")
+            self.run(*words, f"run_dir={run}", "eval.data=[]", "wandb.mode=disabled")
         return run
 
-    def scores(self, label: str, run: Path) -> dict[str, float]:
-        """Held-out nDCG@10 of a run by source."""
-        output, data = run / "results.json", self.path("shards") / "holdout.jsonl"
-        if not output.exists():
-            self.run("evaluate", f"model={run}", f"data={data}", f"output={run}", "bm25=false")
-        (result,) = json.loads(output.read_text()).values()
+    def scores(self, label: str, run: Path, data: Path, *words: str) -> dict[str, float]:
+        """nDCG@10 of a run by source."""
+        output = self.path("scores") / f"{run.name} {label}".replace(" ", "-")
+        if not (output / "results.json").exists():
+            self.run("evaluate", f"model={run}", f"data={data}", f"output={output}", "bm25=false", *words)
+        (result,) = json.loads((output / "results.json").read_text()).values()
         return {f"{label}: {source}": values[METRIC] for source, values in result["by_source"].items()}
 
-    def ranks(self, *words: str) -> None:
-        """A stage on two ranks of one thread each."""
-        launch = ["deepspeed", "--num_accelerators", "2", "--no_python", "--no_local_rank"]
-        self._call([*launch, "quintet", *words], threads=1)
-
     def run(self, *words: str) -> None:
-        """A stage in one process of two threads."""
-        self._call(["quintet", *words], threads=2)
-
-    def _call(self, command: list[str], threads: int) -> None:
+        """A stage."""
+        command = ["quintet", *words]
         print(f"$ {' '.join(command)}", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (self.folder / "log.txt").open("a") as log:
             done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
         if done.returncode:

@@ -157,3 +157,19 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path):
     with pytest.raises(UserError):
         open_model(folder)
     assert not (tmp_path / "canary").exists()
+
+
+def test_gradients_in_bf16_are_those_in_fp32_up_to_its_rounding(tmp_path: Path):
+    """With padding in the batch: on a CPU attention leaves bf16 there, and its mask must come along."""
+    model = open_model(tiny.bert(tmp_path / "bert"))
+    texts = tokens(model)
+    ids, mask = gradcache.pad(texts, np.arange(len(texts)), model.tokenizer.pad_token_id)
+    weights = torch.randn(len(texts), model.encoder.size, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for bf16 in (False, True):
+        model.encoder.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            (model.encoder(ids, mask) * weights).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters() if p.grad is not None]))
+    exact, rounded = gradients
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.999

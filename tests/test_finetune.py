@@ -205,6 +205,7 @@ def test_without_a_teacher_the_contrastive_loss_is_all(folder: Path, tmp_path: P
         ({"loss.matryoshka.sizes": "[8,8]"}, ["loss.matryoshka.sizes=[8, 8]"]),
         ({"loss.matryoshka.sizes": "[8]", "loss.matryoshka.weights": "[1,1]"}, ["loss.matryoshka.weights=[1.0, 1.0]"]),
         ({"loss.guide.path": "nowhere"}, ["nowhere"]),
+        ({"loss.guide.weight": 1}, ["loss.guide.weight=1: needs a guide"]),
         ({"loss.distill": "js"}, ["loss.distill", "margin_mse"]),
     ],
 )
@@ -245,10 +246,13 @@ def test_another_number_of_negatives_is_refused_on_resume(folder: Path, tmp_path
     assert "negatives 2 -> 3" in capsys.readouterr().err
 
 
-def test_a_guide_with_another_tokenizer_is_refused(folder: Path, tmp_path: Path, capsys):
+def test_a_guide_with_another_tokenizer_or_size_is_refused(folder: Path, tmp_path: Path, capsys):
     guide = tiny.xlmr(tmp_path / "xlmr")
     assert finetune(folder, run_dir=tmp_path / "run", **{"loss.guide.path": guide}) == 2
     assert f"loss.guide.path={guide}" in capsys.readouterr().err
+    wide = tiny.bert(tmp_path / "wide", hidden_size=2 * tiny.SIZES["hidden_size"])
+    assert finetune(folder, run_dir=tmp_path / "run", **{"loss.guide.path": wide, "loss.guide.weight": 1}) == 2
+    assert f"{wide} has embeddings of {2 * tiny.SIZES['hidden_size']} numbers" in capsys.readouterr().err
 
 
 # --- options, and what comes out --------------------------------------------------------------------------------------
@@ -260,6 +264,11 @@ def test_every_option_trains_and_changes_the_run(folder: Path, tmp_path: Path):
         "directions": {"loss.both_directions": "true", "loss.same_tower": "true"},
         "margins": {"loss.margin": 0.01, "loss.teacher_margin": -3},
         "guide": {"loss.guide.path": folder / "bert", "loss.guide.margin": -0.001},
+        "toward the guide": {
+            "loss.guide.path": folder / "bert",
+            "loss.guide.margin": "null",
+            "loss.guide.weight": 5,
+        },
         "sizes": {"loss.matryoshka.sizes": "[8,16]", "loss.matryoshka.weights": "[0.5,1]"},
         "margin mse": {"loss.distill": "margin_mse"},
     }

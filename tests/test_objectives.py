@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.objectives import Options, contrastive, distillation, ranking
 
 PAIRS, SIZE, TEMPERATURE, ALPHA = 8, 12, 0.05, 0.3
-GUIDE_SIZE = 5
+GUIDE_SIZE = 5  # where it only judges; to take over its embeddings, they must be as long
 
 # name -> (negatives, options by name, whether every other query sees its own group alone)
 CASES: dict[str, tuple[int, dict[str, Any], bool]] = {
@@ -33,6 +33,7 @@ CASES: dict[str, tuple[int, dict[str, Any], bool]] = {
     "margin": (2, {"margin": 0.02}, False),
     "teacher margin": (3, {"teacher_margin": 1.0}, False),
     "guide": (2, {"guide": "random", "guide_margin": 0.1}, False),
+    "toward the guide": (2, {"guide": "random", "guide_margin": None, "guide_weight": 3.0}, False),
     "own group alone": (2, {}, True),
     "shorter": (2, {"sizes": ((4, 0.5), (7, 2.0))}, False),
     "all at once": (
@@ -43,6 +44,7 @@ CASES: dict[str, tuple[int, dict[str, Any], bool]] = {
             "margin": 0.3,
             "teacher_margin": 1.0,
             "guide": "random",
+            "guide_weight": 0.5,
             "sizes": ((4, 0.5),),
         },
         True,
@@ -68,6 +70,10 @@ def vectors(batch: Any, size: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(torch.cat([query, passages]), dim=1)
 
 
+def guide_vectors(batch: Any, options: dict[str, Any]) -> Tensor:
+    return vectors(batch, SIZE if options.get("guide_weight") else GUIDE_SIZE, 50)
+
+
 def rows_of(batch: Any, rank: int, world: int) -> np.ndarray:
     """Which rows of the global batch's vectors a rank holds."""
     k, each = batch.num_negatives, batch.num_queries // world
@@ -87,7 +93,7 @@ def outcomes(names: list[str]) -> list[tuple[float, Tensor, float, Tensor]]:
         whole = whole_batch(negatives, own_only)
         rows = rows_of(whole, rank, world)
         batch = batches.share(whole, rank, world)
-        guide = vectors(whole, GUIDE_SIZE, 50)[rows]
+        guide = guide_vectors(whole, options)[rows]
         chosen = Options(**{**options, "guide": lambda _, guide=guide: guide} if "guide" in options else options)
         pair: list[Any] = []
         for objective, more in ((contrastive, {}), (distillation, {"alpha": ALPHA})):
@@ -109,7 +115,7 @@ class Definition:
         b, k = batch.num_queries, batch.num_negatives
         self.batch, self.options, self.b, self.k = batch, options, b, k
         self.vector = embedded
-        self.guide = vectors(batch, GUIDE_SIZE, 50).double()
+        self.guide = guide_vectors(batch, options).double()
         self.text = [*batch.query_hash.tolist(), *batch.passage_hash.tolist()]  # of every row of the vectors
         self.logits = batch.scores
 
@@ -130,9 +136,9 @@ class Definition:
         margin = self.options.get("margin")
         if margin is not None and self.similarity(row, candidate) > self.similarity(row, positive) + margin:
             return True
-        if "guide" not in self.options:
-            return False
         guide, more = self.guide, self.options.get("guide_margin", 0.0)
+        if "guide" not in self.options or more is None:
+            return False
         return bool(guide[row] @ guide[candidate] > guide[row] @ guide[positive] + more)
 
     def is_better_for_the_teacher(self, query: int, candidate: int) -> bool:
@@ -178,6 +184,11 @@ class Definition:
             losses += [self.backward(query) for query in range(self.b)]
         return torch.stack(losses).mean()
 
+    def imitation(self) -> Tensor:
+        """Over all texts, 1 - cosine to what the guide says of the same text."""
+        cosines = [v @ g / (v.norm() * g.norm()) for v, g in zip(self.vector, self.guide, strict=True)]
+        return 1 - torch.stack(cosines).mean()
+
     def kl(self) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for query in range(self.b):
@@ -207,7 +218,11 @@ def defined(name: str) -> tuple[float, Tensor, float, Tensor]:
         scene = Definition(batch, cut / cut.norm(dim=1, keepdim=True) if size < SIZE else cut, options)
         contrast = contrast + weight * scene.contrastive()
         teacher = teacher + weight * scene.kl()
-    both = ALPHA * contrast + teacher
+    imitation = torch.zeros((), dtype=torch.float64)
+    if options.get("guide_weight"):
+        imitation = options["guide_weight"] * Definition(batch, embedded, options).imitation()
+    both = ALPHA * contrast + teacher + imitation
+    contrast = contrast + imitation
     (of_contrast,) = torch.autograd.grad(contrast, embedded, retain_graph=True)
     (of_both,) = torch.autograd.grad(both, embedded)
     return float(contrast.detach()), of_contrast, float(both.detach()), of_both

@@ -295,3 +295,12 @@ def _support(teacher: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
 def _log_softmax(logits: Tensor, support: Tensor) -> Tensor:
     """Over the supported places; 0 elsewhere."""
     return F.log_softmax(logits.masked_fill(~support, float("-inf")), dim=1).masked_fill(~support, 0.0)
+
+
+def distance_to(embeddings: Tensor, targets: Tensor) -> Tensor:
+    """The mean of 1 - cosine between embeddings [n, D] and another model's of the same texts [n, D], in fp32.
+
+    Half the squared distance of unit vectors: the loss by which a student takes over a teacher's space (Reimers and
+    Gurevych 2020, arXiv 2004.09813).
+    """
+    return (1 - F.cosine_similarity(embeddings.float(), targets.float(), dim=1)).mean()

@@ -43,6 +43,7 @@ METRICS: dict[str, Metric] = {
     "train/loss": Metric("nat", "loss of the step: mean over the global batch"),
     "train/loss_contrastive": Metric("nat", "its InfoNCE part, unweighted"),
     "train/loss_distill": Metric("nat", "its distance to the teacher; rows without scores count as 0"),
+    "train/loss_guide": Metric("1", "mean 1 - cosine between embeddings and the guide's"),
     "train/loss_ranking": Metric("nat", "listwise softmax of a cross-encoder over a query's own passages"),
     "train/acc_top1": Metric("frac", "queries whose own passage scores highest in the pool"),
     "train/pos_sim": Metric("1", "mean similarity of a query and its passage"),

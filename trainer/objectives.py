@@ -16,7 +16,17 @@ from torch import Tensor
 from data.collate import Batch
 from trainer import distributed
 from trainer.device import full_products
-from trainer.losses import NO_FILTERS, NO_OWNER, Filters, Identity, Pool, info_nce, kl_to_teacher, margin_mse
+from trainer.losses import (
+    NO_FILTERS,
+    NO_OWNER,
+    Filters,
+    Identity,
+    Pool,
+    distance_to,
+    info_nce,
+    kl_to_teacher,
+    margin_mse,
+)
 
 Figures = dict[str, Tensor]
 
@@ -30,7 +40,8 @@ class Options:
     both_directions: passages are asked for their query too; the mean of the two losses.
     same_tower: the queries of other rows are candidates too.
     margin, teacher_margin: see `Filters.margin`; the same for a hard negative's teacher logit.
-    guide: embeds the batch's texts with another model, [n, E]; guide_margin: see `Filters`.
+    guide: embeds the batch's texts with another model, [n, E]; guide_margin: see `Filters`; guide_weight: of
+        `distance_to` the guide's embeddings, beside 1 for the contrastive loss and for KL.
     sizes: (numbers, weight) of shorter embeddings that get the same loss, beside the whole one with weight 1
         (Matryoshka: Kusupati et al. 2022, arXiv 2205.13147).
     """
@@ -40,7 +51,8 @@ class Options:
     margin: float | None = None
     teacher_margin: float | None = None
     guide: Callable[[Batch], Tensor] | None = None
-    guide_margin: float = 0.0
+    guide_margin: float | None = 0.0
+    guide_weight: float = 0.0
     sizes: tuple[tuple[int, float], ...] = ()
 
 
@@ -66,7 +78,9 @@ def contrastive(
         loss = whole
         for size, weight in options.sizes:
             loss = loss + weight * _contrast(scene.cut(size), temperature)[0]
-    return loss, {"train/loss": loss.detach(), "train/loss_contrastive": whole.detach(), **figures}
+    imitation, more = _imitate(embeddings, scene, options)
+    loss = loss + imitation
+    return loss, {"train/loss": loss.detach(), "train/loss_contrastive": whole.detach(), **figures, **more}
 
 
 def distillation(
@@ -102,8 +116,10 @@ def distillation(
                     "train/loss_distill": to_teacher.detach(),
                     **figures,
                 }
+    imitation, more = _imitate(embeddings, scene, options)
+    loss = loss + imitation
     scored = (~teacher.isnan()).all(1).float().mean()
-    return loss, {"train/loss": loss.detach(), **parts, "data/scored_frac": scored}
+    return loss, {"train/loss": loss.detach(), **parts, **more, "data/scored_frac": scored}
 
 
 def ranking(logits: Tensor, batch: Batch) -> tuple[Tensor, Figures]:
@@ -158,10 +174,11 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Scene:
-    """A batch as its losses see it: the directions, and each query's own group [b, 1 + k, D]."""
+    """A batch as its losses see it: the directions, each query's own group [b, 1 + k, D], and the guide's vectors."""
 
     sides: tuple[_Side, ...]
     group: Tensor
+    guided: Tensor | None = None
 
     def cut(self, size: int) -> _Scene:
         """The same with only the first numbers of every embedding, at unit length again."""
@@ -196,7 +213,8 @@ def _scene(embeddings: Tensor, batch: Batch, options: Options) -> _Scene:
     """Gather what the losses need. All ranks take the same options, so all come to the same collectives."""
     device = embeddings.device
     pairs = _directions(embeddings, batch, options)
-    guides = _directions(options.guide(batch).to(device), batch, options) if options.guide else [None] * len(pairs)
+    guided = options.guide(batch).to(device) if options.guide else None
+    guides = [None] * len(pairs) if guided is None else _directions(guided, batch, options)
     who = identity(batch, device)
     sides = [_Side(*pairs[0], _with_queries(who, batch) if options.same_tower else who, NO_FILTERS)]
     if options.both_directions:
@@ -205,7 +223,15 @@ def _scene(embeddings: Tensor, batch: Batch, options: Options) -> _Scene:
         replace(side, filters=_filters(batch, side.identity, options, guide, reverse=number > 0))
         for number, (side, guide) in enumerate(zip(sides, guides, strict=True))
     ]
-    return _Scene(tuple(filtered), _groups(embeddings[batch.num_queries :], batch))
+    return _Scene(tuple(filtered), _groups(embeddings[batch.num_queries :], batch), guided)
+
+
+def _imitate(embeddings: Tensor, scene: _Scene, options: Options) -> tuple[Tensor, Figures]:
+    """The weighted distance of the local embeddings to the guide's, where it is asked for."""
+    if scene.guided is None or not options.guide_weight:
+        return embeddings.new_zeros(()), {}
+    distance = distance_to(embeddings, scene.guided)
+    return options.guide_weight * distance, {"train/loss_guide": distance.detach()}
 
 
 def _directions(vectors: Tensor, batch: Batch, options: Options) -> list[tuple[Tensor, Tensor]]:
@@ -227,6 +253,8 @@ def _filters(
     if options.teacher_margin is not None and batch.scores is not None and not reverse:
         hidden = torch.from_numpy(batch.scores > batch.scores[:, :1] + options.teacher_margin).to(device)
     own_only = None if batch.own_only is None else torch.from_numpy(batch.own_only).to(device)
+    if options.guide_margin is None:
+        guide = None
     if options.margin is None and guide is None and hidden is None and own_only is None:
         return NO_FILTERS
     group = who.positive[:, None]
@@ -234,7 +262,7 @@ def _filters(
         first = int(who.positive[0]) + batch.num_queries
         negatives = torch.arange(first, first + batch.num_queries * batch.num_negatives, device=device)
         group = torch.cat([group, negatives.view(batch.num_queries, batch.num_negatives)], dim=1)
-    return Filters(options.margin, guide, options.guide_margin, group, hidden, own_only)
+    return Filters(options.margin, guide, options.guide_margin or 0.0, group, hidden, own_only)
 
 
 def identity(batch: Batch, device: torch.device) -> Identity:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,8 @@ class Stepper:
 
     def _words(self, batch: Batch) -> AbstractContextManager[Words | None]:
         """The batch's word vectors, where they are trained, whole on every rank, and looked up in the plain way."""
-        table = self.engine.module.backbone.get_input_embeddings()
+        backbone: Any = self.engine.module.backbone
+        table = backbone.get_input_embeddings()
         plain = type(table) is nn.Embedding and table.weight.requires_grad
         if not (self.share_words and plain and self.engine.stage < 3):
             return nullcontext()

@@ -223,13 +223,14 @@ def _options(config: Config, encoder: Encoder, tokenizer: Any, device: torch.dev
         same_tower=loss.same_tower,
         margin=loss.margin,
         teacher_margin=loss.teacher_margin,
-        guide=_guide(config, tokenizer, device) if loss.guide.path else None,
+        guide=_guide(config, encoder, tokenizer, device) if loss.guide.path else None,
         guide_margin=loss.guide.margin,
+        guide_weight=loss.guide.weight,
         sizes=tuple(zip(sizes, loss.matryoshka.weights or [1.0] * len(sizes), strict=True)),
     )
 
 
-def _guide(config: Config, tokenizer: Any, device: torch.device) -> Callable[[Batch], Tensor]:
+def _guide(config: Config, encoder: Encoder, tokenizer: Any, device: torch.device) -> Callable[[Batch], Tensor]:
     """Embeds a batch with the guide, which reads the very token ids that are trained on, prompts included."""
     path = config.loss.guide.path
     model: Model = open_model(path, device=device)
@@ -237,5 +238,10 @@ def _guide(config: Config, tokenizer: Any, device: torch.device) -> Callable[[Ba
         raise UserError(f"loss.guide.path={path}: its tokenizer is another one than this model's; choose another guide")
     if model.encoder.max_positions < config.max_length:
         raise UserError(f"loss.guide.path={path}: it reads {model.encoder.max_positions} tokens, max_length is more")
+    if config.loss.guide.weight and model.encoder.size != encoder.size:
+        raise UserError(
+            f"loss.guide.weight={config.loss.guide.weight:g}: {path} has embeddings of {model.encoder.size} numbers, "
+            f"this model of {encoder.size}; choose another guide, or 0"
+        )
     embed = partial(encode, tokens_per_chunk=config.tokens_per_chunk, device=device, precision=config.precision)
     return lambda batch: embed(model.encoder, batch.tokens)

@@ -44,7 +44,10 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class GuideConfig:
     path: str = key("", help="model that judges candidates, with this model's tokenizer; empty: none")
-    margin: float = key(0.0, help="hide a candidate that it finds closer than the positive by more than this")
+    margin: float | None = key(
+        0.0, help="hide a candidate that it finds closer than the positive by more than this; null: never"
+    )
+    weight: float = key(0.0, help="of the mean 1 - cosine between each embedding and the guide's; 0: none", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class LossConfig:
     teacher_margin: float | None = key(
         None, help="hide a hard negative whose teacher logit exceeds the positive's by more than this; null: never"
     )
-    guide: GuideConfig = key(GuideConfig(), help="another model's judgement on candidates")
+    guide: GuideConfig = key(GuideConfig(), help="another model's judgement on candidates, or its embeddings")
     matryoshka: MatryoshkaConfig = key(MatryoshkaConfig(), help="embeddings that may be cut")
 
 
@@ -177,6 +180,8 @@ def _loss_problems(loss: LossConfig) -> list[str]:
         problems.append(f"loss.matryoshka.sizes={sizes}: give different numbers of 1 or more")
     if weights and (len(weights) != len(sizes) or min(weights) <= 0):
         problems.append(f"loss.matryoshka.weights={weights}: give a number above 0 for each of sizes={sizes}, or none")
+    if loss.guide.weight and not loss.guide.path:
+        problems.append(f"loss.guide.weight={loss.guide.weight:g}: needs a guide; give loss.guide.path")
     return problems
 
 

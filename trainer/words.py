@@ -1,7 +1,7 @@
 """The word vectors of a batch, looked up once for all of its chunks.
 
-The gradient of a lookup is as large as the table: 384 MB for XLM-R's 250,002 pieces of 384 numbers. Chunks that read the
-table itself would each write such a gradient and add it up. Here they read the rows that the batch uses, whose
+The gradient of a lookup is as large as the table: 384 MB for XLM-R's 250,002 pieces of 384 numbers. Chunks that read
+the table itself would each write such a gradient and add it up. Here they read the rows that the batch uses, whose
 gradient is small, and the table gets its own once a step.
 """
 
@@ -39,7 +39,7 @@ class Words:
 def shared(table: nn.Embedding, ids: np.ndarray) -> Iterator[Words]:
     """Let the table look up only `ids` (any order, repeats allowed), and collect their gradient, until the end."""
     words = Words(table, torch.from_numpy(np.unique(ids).astype(np.int64)).to(table.weight.device))
-    table.forward = words.look_up  # type: ignore[method-assign]
+    table.forward = words.look_up  # type: ignore[method-assign, assignment]
     try:
         yield words
     finally:
