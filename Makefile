@@ -9,7 +9,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check format test demo bench clean
+.PHONY: help install check format test demo demo-full bench clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -29,7 +29,7 @@ endef
 
 help:  ## show this list
 	@echo "make TARGET [PYTHON=python3] [TORCH_INDEX=URL] [ARGS=...]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
 install: .venv/installed  ## make .venv with the tested versions
 
@@ -48,11 +48,14 @@ test: install  ## run the tests
 demo: install  ## collect, pack, pretrain, evaluate, export and search, on real text
 	@$(RUN) bash demo.sh $(ARGS)
 
+demo-full: install  ## the whole recipe on real text: filter, mine, teacher, distill, finetune; a table after each
+	@$(RUN) bash demo-full.sh
+
 bench: install  ## measure against the named peers
 	@$(RUN) .venv/bin/python -m benchmarks $(ARGS)
 
 clean:  ## remove what the other targets made, but not your runs
-	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build demo *.egg-info
+	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build demo demo-full *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first: DeepSpeed's set-up imports it. Nothing is compiled, here or later (docs/decisions.md).
