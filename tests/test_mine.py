@@ -291,12 +291,51 @@ def test_empty_data_and_an_empty_corpus_are_refused(folder: Path, tmp_path: Path
         (["skip_top=300"], "leaves 0 candidates"),
         (["corpus=c", "within=language"], "within=language: cannot be had of corpus=c"),
         (["sampling=best"], "must be one of top, random"),
+        (["index_search=nprobe=4"], "index_search=nprobe=4: there is no index to search"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         configuration.load(mine.Config, overrides=["model=m", "data=d", "output=o", *words])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("index", "search"), [("Flat", ""), ("IVF4,Flat", "nprobe=4"), ("HNSW16", "efSearch=200")])
+def test_an_index_that_is_searched_whole_gives_the_negatives_of_exact_search(
+    folder: Path, tmp_path: Path, index: str, search: str
+) -> None:
+    mine.run(_config(folder, tmp_path / "exact", within="all"))
+    mine.run(_config(folder, tmp_path / "near", within="all", index=index, index_search=search))
+    exact, near = _rows(tmp_path / "exact"), _rows(tmp_path / "near")
+    assert [row["negatives"] for row in near] == [row["negatives"] for row in exact]
+
+
+def test_where_an_index_finds_too_little_random_passages_fill_up(folder: Path, tmp_path: Path) -> None:
+    searched = {}
+    for name, index in (("exact", {}), ("out", {"index": "IVF24,Flat", "index_search": "nprobe=1"})):
+        mine.run(_config(folder, tmp_path / name, within="all", margin=None, **index))
+        sources = _report(tmp_path / name)["sources"].values()
+        searched[name] = sum(facts["negatives"]["searched"] for facts in sources)
+    assert 0 < searched["out"] < searched["exact"]
+    rows = _rows(tmp_path / "out")
+    assert all(len(set(row["negative_hash"])) == COUNT for row in rows)
+    assert not any({row["passage_hash"], row["query_hash"]} & set(row["negative_hash"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index": "Flat"}, r"index=Flat: is one of all passages, and within=source asks"),
+        ({"index": "Flatt", "within": "all"}, r"index=Flatt: faiss refuses it: "),
+        ({"index": "IVF4000,Flat", "within": "all"}, r"index=IVF4000,Flat: faiss refuses it: .*training points"),
+        ({"index": "Flat", "index_search": "nprob=4", "within": "all"}, r"index_search=nprob=4: faiss refuses it: "),
+    ],
+)
+def test_an_index_that_cannot_be_is_refused(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        mine.run(_config(folder, tmp_path / "out", **changes))
 
 
 def test_a_full_disk_is_told_and_nothing_finished_is_lost(

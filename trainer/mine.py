@@ -43,6 +43,8 @@ class Config:
         choices=("random", "drop"),
     )
     seed: int = key(0, help="of all draws", low=0)
+    index: str = key("", help="faiss' name of an index for approximate search, such as IVF4096,Flat; empty: exact")
+    index_search: str = key("", help="how the index is searched, in faiss' words, such as nprobe=64; empty: its own")
     unit: int = key(16_384, help="records that are searched together, and what a killed rank may lose", low=1)
     dtype: str = key("float32", help="how vectors of the passages are kept", choices=("float16", "float32"))
     tokens_per_chunk: int = key(16_384, help="padded tokens of one forward pass", low=1)
@@ -68,6 +70,8 @@ class Config:
                 f"within=language: cannot be had of corpus={self.corpus}, whose passages name no language; "
                 "remove one of them"
             )
+        if self.index_search and not self.index:
+            problems.append(f"index_search={self.index_search}: there is no index to search; give index, or remove it")
         return problems
 
 

@@ -21,7 +21,7 @@ from data.parts import Parts, save_array
 from data.reading import Policy
 from data.scan import Unit
 from data.shards import write_index
-from trainer import corpus, distributed, known, mined, minereport, pools, work
+from trainer import approximate, corpus, distributed, known, mined, minereport, pools, work
 from trainer.corpus import Passages, Vectors
 from trainer.embed import Embedder, load_model, progress_bar
 from trainer.known import Known
@@ -155,8 +155,24 @@ def _miner(task: Task, parts: Parts, passages: Passages, vectors: Vectors) -> Mi
             "pools.npy",
             lambda path: pools.write_groups(path, task.data, passages, task.within, policy=task.policy),
         )
-    choice = Pools(passages, vectors, groups, task.within, pools.load(vectors, task.embedder.device))
+    loaded, near = pools.load(vectors, task.embedder.device), _index(task, parts, vectors)
+    choice = Pools(passages, vectors, groups, task.within, loaded, near)
     return Miner(task.data, choice, Known(pairs), task.embedder, task.settings, task.policy)
+
+
+def _index(task: Task, parts: Parts, vectors: Vectors) -> approximate.Index | None:
+    """What proposes candidates, built once and read by every rank. Collective."""
+    factory = task.config.index
+    if not factory:
+        return None
+    if task.within != "all":
+        raise UserError(
+            f"index={factory}: is one of all passages, and within={task.within} asks for those of each source; set "
+            "within=all, or name a corpus"
+        )
+    path = work.once(parts, "corpus.index", lambda path: approximate.build(path, vectors, factory))
+    with distributed.together():
+        return approximate.Index(path, task.config.index_search)
 
 
 def _mine_units(parts: Parts, units: Sequence[Unit], miner: Miner) -> list[Path]:

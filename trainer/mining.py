@@ -28,7 +28,6 @@ from trainer.embed import Embedder, Progress
 from trainer.known import Known
 from trainer.negatives import NONE, Rules, among, choose, draw, keep_given
 from trainer.pools import Pool, Pools
-from trainer.topk import top_k
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -175,9 +174,8 @@ class Miner:
     ) -> None:
         """Give some rows what the rules take out of their `depth` nearest passages, as places of the pool."""
         settings, device = self.settings, self.embedder.device
-        found_scores, found_places = top_k(queries[torch.from_numpy(rows)], pool, depth, device=device)
-        scores, places = found_scores.cpu().numpy(), found_places.cpu().numpy()
-        banned = among(rows[:, None] * len(pool) + places, codes)
+        scores, places = (found.cpu().numpy() for found in pool.search(queries[torch.from_numpy(rows)], depth, device))
+        banned = among(rows[:, None] * len(pool) + places, codes) | (places == NONE)
         lots = None
         if settings.sampling == "random":
             lots = mix(pool.hashes(places).view(np.uint64) ^ seeds[rows, None], settings.seed)

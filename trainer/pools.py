@@ -22,9 +22,11 @@ from data.mixture import Mixture
 from data.parts import save_array
 from data.reading import Policy
 from data.records import text_hash
+from trainer.approximate import Index
 from trainer.corpus import Passages, Vectors
 from trainer.device import free_memory
 from trainer.known import distinct
+from trainer.topk import top_k
 
 Ints = NDArray[np.int64]
 
@@ -40,12 +42,20 @@ class Pool:
     Attributes:
         members: their numbers, rising, or None for all of them.
         loaded: all vectors on the device that searches, or None where they are read from their file.
+        index: what proposes candidates out of all passages; None: exact search.
     """
 
     passages: Passages
     vectors: Vectors
     members: Ints | None = None
     loaded: Tensor | None = None
+    index: Index | None = None
+
+    def search(self, queries: Tensor, depth: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Scores and places [n, c] of the nearest passages, best first; -inf and -1 where an index found fewer."""
+        if self.index is not None:
+            return self.index.search(queries, self.vectors, depth)
+        return top_k(queries, self, depth, device=device)
 
     def __len__(self) -> int:
         return len(self.passages) if self.members is None else len(self.members)
@@ -86,7 +96,7 @@ class Pools:
         passages, vectors: the collection.
         groups: a file of `write_groups`; None for one pool of everything.
         within: one of WITHIN, as the file was written with.
-        loaded: see Pool.
+        loaded, index: see Pool. An index is of all passages, so it needs the one pool of everything.
     """
 
     def __init__(
@@ -96,8 +106,10 @@ class Pools:
         groups: Path | None = None,
         within: str = "all",
         loaded: Tensor | None = None,
+        index: Index | None = None,
     ) -> None:
-        self.everything = Pool(passages, vectors, loaded=loaded)
+        assert index is None or groups is None, "an index of all passages cannot be asked for some"
+        self.everything = Pool(passages, vectors, loaded=loaded, index=index)
         self._within = within
         self._groups: Ints | None = None if groups is None else np.load(groups, mmap_mode="r")
 
