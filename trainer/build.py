@@ -16,6 +16,7 @@ from data.stream import Stream
 from data.tokens import TextEncoder, load_tokenizer
 from trainer import distributed, retrieval, sets, snapshot
 from trainer.checkpoint import Checkpoint
+from trainer.device import chunk_tokens
 from trainer.embed import encode
 from trainer.encoder import Encoder
 from trainer.engine import Engine, OptimizerSettings
@@ -120,7 +121,7 @@ def _stepper(config: Config, engine: Engine, task: Task, tokenizer: Any) -> Step
         task.objective,
         seed=config.seed,
         padding_id=tokenizer.pad_token_id,
-        tokens_per_chunk=config.tokens_per_chunk,
+        tokens_per_chunk=chunk_tokens(config.tokens_per_chunk, engine.device),
         memory_budget=None if config.memory_budget_gib is None else config.memory_budget_gib * 2**30,
         bf16=config.precision == "bf16",
         packed=packed,
@@ -195,7 +196,7 @@ def describe(config: Config, parts: Parts) -> list[tuple[str, object]]:
         ("ranks", f"{world}, {pool // world:,} pairs each, ZeRO-{config.zero_stage} on {engine.device.type}"),
         ("model", f"{config.model.path}: {engine.count:,} parameters" + (f", {trained:,} trained" if trained else "")),
         ("precision", f"{config.precision}{', packed' if parts.stepper.packed else ', padded chunks'}"),
-        ("tokens", f"at most {texts * config.max_length:,} a step, {config.tokens_per_chunk:,} a chunk"),
+        ("tokens", f"at most {texts * config.max_length:,} a step, {parts.stepper.tokens_per_chunk:,} a chunk"),
         ("memory", f"about {state / 2**30:.2f} GiB a rank for weights, gradients and optimizer, beside activations"),
         ("data", f"{parts.records:,} pairs: {shares}"),
         ("order", f"{config.lanes} lanes, {'one source a batch' if parts.order.homogeneous else 'mixed batches'}"),

@@ -38,6 +38,16 @@ def free_memory(device: torch.device) -> float:
     return float(psutil.virtual_memory().available) / ranks_here
 
 
+def chunk_tokens(wanted: int | None, device: torch.device | str) -> int:
+    """Padded tokens of one forward pass: `wanted`, or what suits the device.
+
+    A CPU is twice as fast while activations fit its caches (benchmarks/LOG.md); a GPU wants many rows at once.
+    """
+    if wanted is not None:
+        return wanted
+    return 2048 if torch.device(device).type == "cpu" else 16_384
+
+
 @contextlib.contextmanager
 def full_products() -> Iterator[None]:
     """Keep TF32 out of the matrix products inside, where the encoder may have been allowed it.

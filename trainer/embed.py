@@ -19,6 +19,7 @@ from data.errors import NumericError, UserError
 from data.tokens import Ragged, TextEncoder, concat
 from data.tokens import fingerprint as tokenizer_fingerprint
 from trainer import checkpoint
+from trainer.device import chunk_tokens
 from trainer.encoder import Encoder, Model, open_model
 from trainer.gradcache import Rows, pad, plan
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("quintet")
 
-TOKENS_PER_CHUNK = 16_384
 _TEXTS_PER_PIECE = 16_384  # tokenised at once: the tokenizer's own records take some hundred bytes a token
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -42,7 +42,7 @@ def encode(
     encoder: Encoder | CrossEncoder,
     tokens: Ragged,
     *,
-    tokens_per_chunk: int = TOKENS_PER_CHUNK,
+    tokens_per_chunk: int | None = None,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     agree_max: Callable[[int], int] | None = None,
@@ -53,13 +53,13 @@ def encode(
     Args:
         encoder: on `device`; it is left in the mode (train or eval) it came in. A cross-encoder gives logits, D = 1.
         tokens: the texts' ids; texts of similar length share a chunk.
-        tokens_per_chunk: padded tokens of one forward at most, but at least one text.
+        tokens_per_chunk: padded tokens of one forward at most, but at least one text; None: what suits the device.
         precision: fp32, or bf16 for autocast.
         agree_max: where a forward is a collective (ZeRO-3), the largest of all ranks' values: ranks with fewer
             chunks then run one-token chunks for the rest.
         progress: called after every chunk.
     """
-    chunks = plan(tokens.lengths, tokens_per_chunk)
+    chunks = plan(tokens.lengths, chunk_tokens(tokens_per_chunk, device))
     rounds = agree_max(len(chunks)) if agree_max else len(chunks)
     vectors = torch.empty(len(tokens), encoder.size)
     training = encoder.training
@@ -95,7 +95,7 @@ def encode_texts(
     texts: Sequence[str],
     prompt: str = "",
     *,
-    tokens_per_chunk: int = TOKENS_PER_CHUNK,
+    tokens_per_chunk: int | None = None,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     agree_max: Callable[[int], int] | None = None,
@@ -165,7 +165,7 @@ class Embedder:
     model: Model
     device: torch.device
     precision: str = "fp32"
-    tokens_per_chunk: int = TOKENS_PER_CHUNK
+    tokens_per_chunk: int | None = None
 
     def __call__(self, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
         """fp32 [n, D] on the host, in the order given. Raises NumericError when one is not finite."""
@@ -213,7 +213,7 @@ class Embedder:
             "pooling": model.pooling,
             "normalize": model.normalize,
             "precision": self.precision,
-            "tokens_per_chunk": self.tokens_per_chunk,
+            "tokens_per_chunk": chunk_tokens(self.tokens_per_chunk, self.device),
             "device": self.device.type,
         }
 

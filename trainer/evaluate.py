@@ -50,7 +50,9 @@ class Config:
     max_length: int | None = key(None, help="tokens of a text at most; null: the model's own", low=3)
     limit: int = key(0, help="at most so many queries of each data set, drawn with seed; 0: all", low=0)
     seed: int = key(0, help="seed of that draw")
-    tokens_per_chunk: int = key(16_384, help="padded tokens of one forward pass", low=1)
+    tokens_per_chunk: int | None = key(
+        None, help="padded tokens of one forward pass; null: 16384 on a GPU, 2048 on a CPU", low=1
+    )
     precision: str = key("fp32", help="matrix products", choices=("fp32", "bf16"))
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
 

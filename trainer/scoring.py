@@ -34,6 +34,7 @@ from data.parts import write_whole
 from data.reading import Policy, read_block
 from data.scores import Logits, ScoreCache, Scores, ScoreWriter
 from trainer.crossencoder import Teacher
+from trainer.device import chunk_tokens
 from trainer.embed import Rate
 from trainer.gradcache import pad, plan
 from trainer.preempt import StopRequest
@@ -75,12 +76,12 @@ class Scorer:
     Args:
         teacher: on `device`.
         precision: of the matrix products: fp32, or bf16 or fp16 by autocast.
-        tokens_per_chunk: padded tokens of a batch at most, but at least one row.
+        tokens_per_chunk: padded tokens of a batch at most, but at least one row; None: what suits the device.
     """
 
-    def __init__(self, teacher: Teacher, device: torch.device, precision: str, tokens_per_chunk: int) -> None:
+    def __init__(self, teacher: Teacher, device: torch.device, precision: str, tokens_per_chunk: int | None) -> None:
         self.teacher, self._device = teacher, device
-        self._half, self._tokens_per_chunk = HALVES.get(precision), tokens_per_chunk
+        self._half, self._tokens_per_chunk = HALVES.get(precision), chunk_tokens(tokens_per_chunk, device)
 
     def __call__(self, rows: PairRows) -> Iterator[tuple[Numbers, Logits]]:
         """(some of the rows, their logits), longest rows first; the next batch runs while one is looked at."""

@@ -107,7 +107,9 @@ class Config:
     zero_stage: int = key(1, help="DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
     precision: str = key("fp32", help="of the encoder's matrix products: fp32, or bf16 by autocast")
     tf32: bool = key(True, help="allow TF32 in fp32 matrix products of the encoder (CUDA)")
-    tokens_per_chunk: int = key(16_384, help="padded tokens of one forward pass", low=1)
+    tokens_per_chunk: int | None = key(
+        None, help="padded tokens of one forward pass; null: 16384 on a GPU, 2048 on a CPU", low=1
+    )
     memory_budget_gib: float | None = key(
         None, help="activations kept between the passes, by rank, in GiB; null: half of what is free", low=0
     )
