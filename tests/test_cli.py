@@ -220,6 +220,7 @@ def test_a_missing_value_of_an_option_ends_with_2() -> None:
 def test_rank_0_alone_tells_what_is_wrong_with_the_configuration(
     variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("RANK", raising=False)  # an earlier job of this process may have left its own
     monkeypatch.setenv(variable, "3")
     assert cli.main(["stub", "steps=0"]) == 2
     assert capsys.readouterr().err == ""
