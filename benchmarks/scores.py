@@ -147,7 +147,7 @@ def _scoring(case: Case) -> dict[str, Any]:
             for record in records:
                 writer.write(record)
         index = write_index(mined, writer.close())
-        scorer = Scorer(open_teacher(str(model)), torch.device("cpu"), "fp32", 16_384)
+        scorer = Scorer(open_teacher(str(model)), torch.device("cpu"), "fp32", None)
         peer = CrossEncoder(str(model), max_length=192, device="cpu")
         texts = [(record.query, record.passage) for record in records]  # in the order of a window
         texts += [(record.query, text) for record in records for text in record.negatives]
