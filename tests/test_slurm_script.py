@@ -148,7 +148,9 @@ def test_an_unset_variable_of_slurm_stops_the_job_before_it_starts_ranks(bin_fol
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 @pytest.mark.parametrize(
-    "script", [*SCRIPT.parent.glob("*.sh"), SCRIPT.parent.parent / ".ci" / "run"], ids=lambda path: path.name
+    "script",
+    [*SCRIPT.parent.glob("*.sh"), *SCRIPT.parent.parent.glob("*.sh"), SCRIPT.parent.parent / ".ci" / "run"],
+    ids=lambda path: path.name,
 )
 def test_shellcheck_finds_nothing(script: Path) -> None:
     result = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, timeout=60)

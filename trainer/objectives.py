@@ -214,7 +214,8 @@ def _scene(embeddings: Tensor, batch: Batch, options: Options) -> _Scene:
     device = embeddings.device
     pairs = _directions(embeddings, batch, options)
     guided = options.guide(batch).to(device) if options.guide else None
-    guides = [None] * len(pairs) if guided is None else _directions(guided, batch, options)
+    judges = None if options.guide_margin is None else guided
+    guides = [None] * len(pairs) if judges is None else _directions(judges, batch, options)
     who = identity(batch, device)
     sides = [_Side(*pairs[0], _with_queries(who, batch) if options.same_tower else who, NO_FILTERS)]
     if options.both_directions:
@@ -253,8 +254,6 @@ def _filters(
     if options.teacher_margin is not None and batch.scores is not None and not reverse:
         hidden = torch.from_numpy(batch.scores > batch.scores[:, :1] + options.teacher_margin).to(device)
     own_only = None if batch.own_only is None else torch.from_numpy(batch.own_only).to(device)
-    if options.guide_margin is None:
-        guide = None
     if options.margin is None and guide is None and hidden is None and own_only is None:
         return NO_FILTERS
     group = who.positive[:, None]
