@@ -23,8 +23,8 @@ def _allocate(mebibytes: int) -> common.Memory:
 
 
 def test_peak_memory_is_that_of_the_work_though_it_is_given_back() -> None:
-    memory = common.in_child(_allocate, 64)
-    assert 64 <= memory.extra / MEBIBYTE < 70
+    memory = common.in_child(_allocate, 256)
+    assert 256 <= memory.extra / MEBIBYTE < 320  # what torch loads at its first sum is in it
     assert memory.before > 50 * MEBIBYTE
 
 
