@@ -35,7 +35,7 @@ class Case:
     blocks: tuple[tuple[int, int], ...] = ((256, 4096), (512, 4096), (512, 8192), (1024, 8192), (1024, 16_384))
     peer_blocks: tuple[tuple[int, int], ...] = ((4096, 1024), (1024, 1024), (1024, 4096), (4096, 4096))
     wrong: tuple[float, ...] = (0.0, 0.3, 0.8)
-    repeats: int = 5
+    repeats: int = 3
 
 
 FULL = Case()

@@ -124,7 +124,9 @@ def test_a_pair_is_kept_when_fewer_than_k_passages_of_the_pool_beat_its_own(fold
         assert sum(entry["scores"]["kept"].values()) == len(of_source)
     lost = {(r.query, r.passage): count for r, count in zip(records, counts, strict=True) if count >= 2}
     rejects = [json.loads(line) for line in (tmp_path / "kept" / "rejects.jsonl").read_text().splitlines()]
-    rejected = {source: sum(r.source == source for r in records) - report["sources"][source]["kept"] for source in SOURCES}
+    rejected = {
+        source: sum(r.source == source for r in records) - report["sources"][source]["kept"] for source in SOURCES
+    }
     assert [reject["source"] for reject in rejects] == [s for s in SOURCES for _ in range(min(5, rejected[s]))]
     assert all(lost[reject["query"], reject["passage"]] == reject["count"] for reject in rejects)
     assert all(len(reject["rivals"]) == 2 and reject["rivals"][1]["score"] > reject["score"] for reject in rejects)

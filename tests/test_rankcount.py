@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import rankcount
+from trainer import rankcount, rounding
 from trainer.device import inner_products
 from trainer.rankcount import TIES, count_above, own_scores
 
@@ -112,6 +112,7 @@ def test_rows_that_have_lost_leave_the_products(rough: bool, monkeypatch: pytest
     pool = torch.ones(5000, 2)
     own = torch.tensor([0.0] * 7 + [5.0] * 3)  # seven are beaten by every passage
     monkeypatch.setattr(rankcount, "inner_products", watched)
+    monkeypatch.setattr(rounding, "inner_products", watched)
     assert count_above(queries, own, pool, torch.full((10,), -1), limit=2).tolist() == [2] * 7 + [0] * 3
     assert rows[0] == 10
     assert len(rows) > 1

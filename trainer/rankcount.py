@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.device import has_fast_bf16, inner_products
+from trainer.rounding import Rounded, scores_and_limits
 from trainer.topk import Rows
 
 # Scores that differ by less are equal, by the precision of the encoder. The vector of a text has other last bits in a
@@ -26,7 +27,6 @@ _FIRST_BLOCK = 512  # passages: small, since most rows that lose do so at once
 _LAST_BLOCK = 8192
 # Scores computed at a time: on a CPU they stay in the cache until they are compared, a GPU wants many.
 _TILES = {"cpu": 1 << 21, "cuda": 1 << 26}
-_BF16_ERROR = 2.0**-8  # of rounding a number, relative
 _PAIRS = 1 << 16  # scores of single pairs computed at a time
 
 
@@ -123,16 +123,10 @@ def _count(rows: _Rows, block: Tensor, start: int, limit: int, buffer: Tensor) -
 def _count_rough(rows: _Rows, block: Tensor, start: int, limit: int, buffer: Tensor) -> Tensor:
     """The same by way of bf16, for rows with fewer than `limit`; rows with more may be given fewer of them."""
     counts = torch.zeros_like(rows.skip)
-    rounded = block.bfloat16()
-    lost, kept = (block - rounded.float()).norm(dim=1).max(), rounded.float().norm(dim=1).max()
+    passages = Rounded.of(block)
     for run, tile in _tiles(rows, len(block), buffer):
-        queries = tile.vectors.bfloat16()
-        scores = inner_products(queries, rounded, buffer)
+        scores, low, high = scores_and_limits(Rounded.of(tile.vectors), passages, tile.bars, buffer)
         _pass_over(scores, tile.skip, start)
-        # q.p - q'.p' = q.(p - p') + (q - q').p', each at most the product of the lengths; then the sum is rounded.
-        error = tile.vectors.norm(dim=1) * lost + (tile.vectors - queries.float()).norm(dim=1) * kept
-        low, high = tile.bars - error, tile.bars + error
-        low, high = low - _BF16_ERROR * low.abs(), high + _BF16_ERROR * high.abs()
         over = (scores.amax(dim=1).float() > low).nonzero().flatten()
         if len(over):
             counts[run][over] = _settle(tile.take(over), scores[over].float(), block, low[over], high[over], limit)

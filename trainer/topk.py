@@ -2,7 +2,9 @@
 
 The score matrix of n queries and m passages never exists: a block of it does, query_block x passage_block
 numbers, and the k best results so far of every query. After the first block few scores beat a query's k-th best so
-far; they are found by the maxima of groups of columns, so that almost all scores are looked at once and no more.
+far; they are found by the maxima of groups of columns, so that almost all scores are looked at once and no more. And
+they are so few that where bf16 products are fast, those of rounded vectors are looked at, and only what may be among
+the best is computed in fp32.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trainer.device import inner_products
+from trainer.device import has_fast_bf16, inner_products
+from trainer.rounding import Rounded, scores_and_limits
 
-_GROUP = 64  # columns whose maximum is compared at once
+_GROUP = 16  # columns whose maximum is compared at once
+_GATHERED = 1024  # vectors that are gathered at a time: they stay in the cache of a core
 
 
 class Rows(Protocol):
@@ -47,25 +51,32 @@ def top_k(
     """
     device = queries.device if device is None else torch.device(device)
     tiles = queries.to(device).split(query_block)
+    rounded = [Rounded.of(tile) for tile in tiles] if _is_rounded_first(queries.dtype, device) else None
     none = torch.empty(0, dtype=torch.int64, device=device)
     best = [(tile.new_empty(len(tile), 0), none.expand(len(tile), 0)) for tile in tiles]
     buffer = queries.new_empty(min(query_block, len(queries)) * min(passage_block, len(passages)), device=device)
     for start in range(0, len(passages), passage_block):
         block = passages[start : start + passage_block].to(device)
-        best = [
-            _improve(*found, inner_products(tile, block, buffer), start, k)
-            for found, tile in zip(best, tiles, strict=True)
-        ]
+        seen = Rounded.of(block) if rounded and start >= k else None
+        for place, (scores, numbers) in enumerate(best):
+            if start < k:
+                found = _best_of_block(inner_products(tiles[place], block, buffer), k)
+            elif rounded and seen:
+                found = _above_after_rounding(rounded[place], seen, scores[:, -1], buffer)
+            else:
+                found = _above(inner_products(tiles[place], block, buffer), scores[:, -1])
+            best[place] = _merged(scores, numbers, found, start, k)
     scores, numbers = (torch.cat(parts) for parts in zip(*best, strict=True))
     return scores, numbers
 
 
-def _improve(scores: Tensor, numbers: Tensor, found: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of what was known [n, <= k] and of the scores [n, m] with the passages from `start` on."""
-    if scores.shape[1] < k:
-        more, columns = _best_of_block(found, k)
-    else:
-        more, columns = _above(found, scores[:, -1])
+def _is_rounded_first(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.float32 and has_fast_bf16(device.type)
+
+
+def _merged(scores: Tensor, numbers: Tensor, found: tuple[Tensor, Tensor], start: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of what was known [n, <= k] and of what was found in the block of the passages from `start` on."""
+    more, columns = found
     if not more.shape[1]:
         return scores, numbers
     scores, numbers = torch.cat([scores, more], dim=1), torch.cat([numbers, columns + start], dim=1)
@@ -92,13 +103,32 @@ def _best_of_block(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _above(scores: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]:
     """What is above the bar of its row: scores and columns [n, c] in ascending column order, filled up with -inf."""
     rows, columns = _places_above(scores, bars)
-    order = (rows * scores.shape[1] + columns).argsort()
-    rows, columns = rows[order], columns[order]
-    counts = rows.bincount(minlength=len(scores))
+    return _by_row(rows, columns, scores[rows, columns], len(bars))
+
+
+def _above_after_rounding(queries: Rounded, block: Rounded, bars: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the exact scores, computed where those of the rounded vectors do not rule it out."""
+    scores, low, _ = scores_and_limits(queries, block, bars, buffer.view(torch.bfloat16))
+    rows, columns = _places_above(scores, low)
+    exact = torch.cat(
+        [
+            (queries.exact[row] * block.exact[column]).sum(dim=1)
+            for row, column in zip(rows.split(_GATHERED), columns.split(_GATHERED), strict=True)
+        ]
+    )
+    over = exact > bars[rows]
+    return _by_row(rows[over], columns[over], exact[over], len(bars))
+
+
+def _by_row(rows: Tensor, columns: Tensor, scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Scores and columns [n, c] out of single ones, in ascending column order, filled up with -inf."""
+    order = (rows * (columns.max() + 1 if len(columns) else 1) + columns).argsort()
+    rows, columns, scores = rows[order], columns[order], scores[order]
+    counts = rows.bincount(minlength=n)
     places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    shape = (len(scores), int(counts.max()))
+    shape = (n, int(counts.max()))
     found, numbers = scores.new_full(shape, -torch.inf), torch.zeros(shape, dtype=torch.int64, device=rows.device)
-    found[rows, places] = scores[rows, columns]
+    found[rows, places] = scores
     numbers[rows, places] = columns
     return found, numbers
 
@@ -109,7 +139,7 @@ def _places_above(scores: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]:
     if m % _GROUP:
         rows, columns = (scores > bars[:, None]).nonzero(as_tuple=True)
         return rows, columns
-    # A group is every (m / 64)-th column: their maximum is a maximum of whole rows of memory, which is fast.
+    # A group is every (m / 16)-th column: their maximum is a maximum of whole rows of memory, which is fast.
     groups = scores.view(n, _GROUP, m // _GROUP)
     rows, members = (groups.amax(dim=1) > bars[:, None]).nonzero(as_tuple=True)
     hits, places = (groups[rows, :, members] > bars[rows, None]).nonzero(as_tuple=True)
