@@ -62,7 +62,7 @@ train teacher "$out/teacher" data="$out/mined" model.path="$out/guide"
 title 'distill: its scores of every mined pair'
 quintet distill teacher="$out/teacher/model" data="$out/mined" scores="$out/scores" precision=$precision
 title 'finetune: on hard negatives, without the teacher, and with it'
-tuned=(data="$out/mined" model.path="$out/filtered/model")
+tuned=(data="$out/mined" model.path="$out/filtered/model" loss.guide.path="$out/guide")
 train finetune "$out/finetuned-alone" "${tuned[@]}" scores= missing_scores=contrastive
 score finetuned-without-teacher "$out/finetuned-alone"
 train finetune "$out/finetuned" "${tuned[@]}" scores="$out/scores"

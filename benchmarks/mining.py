@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,8 +43,8 @@ class Case:
     queries: int = 20_000
     passages: int = 200_000
     size: int = 384
-    peer_batches: tuple[int, ...] = (256, 1024, 4096, 16_384)
-    repeats: int = 5
+    peer_batches: tuple[int, ...] = (1024, 4096, 16_384)
+    repeats: int = 3
 
 
 FULL = Case()
@@ -60,10 +60,12 @@ def measure(quick: bool = False) -> dict[str, Any]:
         prepare(case, folder)
         work = {"ours": partial(ours, case, folder)}
         work |= {_named(setting): partial(peer, case, folder, *setting) for setting in _settings(case)}
-        memory = {name: in_child(_memory, case, folder, name) for name in work}
+        memory = {name: in_child(_memory, case, folder, name) for name in _said(work, "memory")}
         checked: dict[str, dict[str, float]] = {}
+        print("mining: the time of each ...", flush=True)
         found = alternate(_checked(work, folder, checked), repeats=1, warm_ups=0)
         rivals_of = rivals({name: timing for name, timing in found.items() if name != "ours"})
+        print(f"mining: ours beside {', '.join(rivals_of)} ...", flush=True)
         times = alternate({name: work[name] for name in ["ours", *rivals_of]}, case.repeats, warm_ups=0)
     peers = [times[name] for name in rivals_of]
     least = min(memory[name].extra for name in memory if name != "ours")
@@ -86,6 +88,12 @@ def measure(quick: bool = False) -> dict[str, Any]:
             target("time over the peer's at its fastest", 0.8, 1 / ratio(peers, times["ours"]), at_most=True),
         ],
     }
+
+
+def _said(names: Iterable[str], what: str) -> Iterator[str]:
+    for name in names:
+        print(f"mining: {what} of {name} ...", flush=True)
+        yield name
 
 
 def _checked(

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from trainer.device import has_fast_bf16
 
 SHARE, STEPS = 0.3, 80
 POOL = (
@@ -153,16 +154,18 @@ def finetune(lab: Lab, seed: int) -> dict[str, float]:
         "mined negatives": (f"data={FULL}/mined", *alone),
         "mined negatives and the teacher": (f"data={FULL}/mined", f"scores={FULL}/scores"),
     }
+    precision = f"precision={'bf16' if has_fast_bf16('cpu') else 'fp32'}"
     held_out, rows = FULL / "shards" / "holdout.jsonl", {}
     for kind, settings in kinds.items():
         run = lab.train(
             f"{kind.replace(' ', '-')}-{seed}",
             *("finetune", "--config", f"{CONFIGS}/finetune.yaml", f"model.path={FULL}/filtered/model", *settings),
-            f"seed={seed}",
+            *(f"loss.guide.path={FULL}/guide", f"seed={seed}", precision),
         )
-        rows |= lab.scores(kind, run, held_out)
-    few = (f"limit={RERANKED_QUERIES}", f"seed={seed}", f"rerank={FULL}/teacher/model", f"rerank_depth={RERANKED}")
-    return rows | lab.scores("the same, some queries", run, held_out, *few)
+        rows |= lab.scores(kind, run, held_out, precision)
+    few = (precision, f"limit={RERANKED_QUERIES}", f"seed={seed}")
+    teacher = (f"rerank={FULL}/teacher/model", f"rerank_depth={RERANKED}")
+    return rows | lab.scores("the same, some queries", run, held_out, *few, *teacher)
 
 
 CONFIGS = "configs/full"
