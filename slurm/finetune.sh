@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tune on Slurm:  sbatch slurm/finetune.sh --config configs/finetune/small.yaml scores=... run_dir=...
-# Everything that slurm/pretrain.sh says and does, for the other stage; submit it from the checkout.
+# For the rest see slurm/pretrain.sh.
 #SBATCH --job-name=quintet-finetune
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -13,5 +13,5 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 
-# exec: Slurm's warning goes to this process, which the other script then is.
-QUINTET_STAGE=finetune exec bash "${SLURM_SUBMIT_DIR:-.}/slurm/pretrain.sh" "$@"
+# exec: Slurm signals this process, which the other script then is.
+exec bash "${SLURM_SUBMIT_DIR:-.}/slurm/stage.sh" finetune "$@"

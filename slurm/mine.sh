@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Mine hard negatives on Slurm:  sbatch slurm/mine.sh --config configs/mine.yaml model=... data=... output=...
-# Everything that slurm/pretrain.sh says and does, for the other stage; submit it from the checkout.
+# A job that ends too early goes on at its next start where it stopped. For the rest see slurm/pretrain.sh.
 #SBATCH --job-name=quintet-mine
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -10,7 +10,8 @@
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@120
 set -euo pipefail
 
-# exec: Slurm's signals go to this process, which the other script then is.
-QUINTET_STAGE=mine exec bash "${SLURM_SUBMIT_DIR:-.}/slurm/pretrain.sh" "$@"
+# exec: Slurm signals this process, which the other script then is.
+exec bash "${SLURM_SUBMIT_DIR:-.}/slurm/stage.sh" mine "$@"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.preempt import SIGNALS, STOP_FILE, StopRequest
+from trainer.preempt import SIGNALS, STOP_FILE, WARNINGS, StopRequest, leaving_when_warned
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,6 +77,33 @@ def test_a_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=10)
         assert process.returncode == -signal.SIGINT
         assert "Ctrl-C again" in said
+
+
+_BUSY = """
+import hashlib
+from trainer.preempt import leaving_when_warned
+with leaving_when_warned(75):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in which Python runs no handler
+"""
+
+
+@pytest.mark.parametrize("number", WARNINGS)
+def test_a_warning_ends_a_stage_at_once_even_inside_a_call_that_does_not_return(number: signal.Signals) -> None:
+    with _start(_BUSY) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, said = process.communicate(timeout=10)
+        assert process.returncode == 75
+        assert f"{number.name}: what is finished is kept" in said
+
+
+def test_a_stage_that_ends_gives_its_signals_back() -> None:
+    before = [signal.getsignal(number) for number in WARNINGS]
+    with leaving_when_warned(75):
+        assert [signal.getsignal(number) for number in WARNINGS] != before
+    assert [signal.getsignal(number) for number in WARNINGS] == before
 
 
 _LAUNCHER = """

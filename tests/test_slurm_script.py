@@ -1,4 +1,4 @@
-"""slurm/pretrain.sh with false srun and scontrol on PATH: what the ranks see, and what the job does when they end."""
+"""The scripts of slurm/ with false srun and scontrol on PATH: what ranks see, and what the job does when they end."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / "slurm" / "pretrain.sh"
+STAGES = ["pretrain", "finetune", "teacher", "filter", "mine", "distill", "evaluate"]
 
 
 @pytest.fixture
 def bin_folder(tmp_path: Path) -> Path:
-    """A folder with srun, which records its arguments and environment, and scontrol, which knows two nodes."""
+    """A folder with srun, which records its arguments and environment, and scontrol, which knows two nodes.
+
+    Beside it lies a copy of slurm/: the folder above is what jobs are submitted from.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
+    shutil.copytree(SCRIPT.parent, tmp_path / "slurm", ignore=shutil.ignore_patterns("site.env"))
     _script(
         folder / "srun",
         'printf "%s\\n" "$@" >srun.arguments\nenv >srun.environment\nexit "${SRUN_CODE:-0}"',
@@ -75,16 +80,57 @@ def test_arguments_reach_quintet_unchanged(bin_folder: Path) -> None:
     assert arguments == ["--kill-on-bad-exit=1", *expected]
 
 
-def test_the_script_for_fine_tuning_is_the_same_with_another_stage(bin_folder: Path) -> None:
-    (bin_folder.parent / "slurm").mkdir()
-    shutil.copy(SCRIPT, bin_folder.parent / "slurm")
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_script_runs_its_stage(bin_folder: Path, stage: str) -> None:
     environment = _environment(bin_folder, SRUN_CODE="75")
-    finetune = SCRIPT.with_name("finetune.sh")
-    result = subprocess.run([str(finetune), "lr=1e-5"], env=environment, capture_output=True, text=True, timeout=60)
+    script = SCRIPT.with_name(f"{stage}.sh")
+    result = subprocess.run([str(script), "a=1 2"], env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 75, result.stderr
     arguments = (bin_folder.parent / "srun.arguments").read_text(encoding="utf-8").splitlines()
-    assert arguments == ["--kill-on-bad-exit=1", "quintet", "finetune", "lr=1e-5"]
+    assert arguments == ["--kill-on-bad-exit=1", "quintet", stage, "a=1 2"]
     assert _requeues(bin_folder) == ["requeue 41234"]
+    assert f"#SBATCH --job-name=quintet-{stage}\n" in script.read_text(encoding="utf-8")
+
+
+def test_a_dry_run_says_what_each_node_would_run_and_runs_nothing(bin_folder: Path) -> None:
+    result = _run(bin_folder, "--dry-run", "--config", "my recipe.yaml")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "job: 16 tasks on 2 nodes, MASTER_ADDR=localhost MASTER_PORT=21234",
+        "localhost: 8 x OMP_NUM_THREADS=6 quintet pretrain --config my\\ recipe.yaml",
+        "node2.invalid: 8 x OMP_NUM_THREADS=6 quintet pretrain --config my\\ recipe.yaml",
+    ]
+    assert not (bin_folder.parent / "srun.arguments").exists()
+
+
+def test_a_dry_run_outside_of_a_job_takes_the_numbers_of_the_script(bin_folder: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "SLURM_"))}
+    command = ["bash", "slurm/filter.sh", "--dry-run"]
+    result = subprocess.run(command, cwd=bin_folder.parent, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[1:] == ["node1: 8 x OMP_NUM_THREADS=8 quintet filter"], result.stderr
+
+
+def test_restarts_have_a_limit(bin_folder: Path) -> None:
+    few = {"SRUN_CODE": "75", "QUINTET_MAX_RESTARTS": "2"}
+    assert _run(bin_folder, SLURM_RESTART_COUNT="1", **few).returncode == 75
+    assert _requeues(bin_folder) == ["requeue 41234"]
+    last = _run(bin_folder, SLURM_RESTART_COUNT="2", **few)
+    assert last.returncode == 75
+    assert "QUINTET_MAX_RESTARTS" in last.stderr
+    assert _requeues(bin_folder) == ["requeue 41234"]
+
+
+def test_options_of_the_site_go_to_srun(bin_folder: Path) -> None:
+    _run(bin_folder, "lr=1", QUINTET_SRUN_OPTIONS="--container-image=a.sqsh --mpi=none")
+    arguments = (bin_folder.parent / "srun.arguments").read_text(encoding="utf-8").splitlines()
+    assert arguments == [
+        "--kill-on-bad-exit=1",
+        "--container-image=a.sqsh",
+        "--mpi=none",
+        "quintet",
+        "pretrain",
+        "lr=1",
+    ]
 
 
 def test_ranks_are_told_where_to_meet_and_how_many_threads_they_have(bin_folder: Path) -> None:
@@ -102,7 +148,6 @@ def test_a_node_name_that_does_not_resolve_is_replaced_by_its_address(bin_folder
 
 
 def test_the_variables_of_the_site_are_read(bin_folder: Path) -> None:
-    (bin_folder.parent / "slurm").mkdir()
     (bin_folder.parent / "slurm" / "site.env").write_text("export NCCL_SOCKET_IFNAME=ib0\n", encoding="utf-8")
     _run(bin_folder)
     assert _seen_by_the_ranks(bin_folder)["NCCL_SOCKET_IFNAME"] == "ib0"
@@ -115,8 +160,11 @@ def test_only_a_complete_checkpoint_is_requeued(bin_folder: Path, code: int, req
     assert _requeues(bin_folder) == ["requeue 41234"] * requeues
 
 
-@pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_warning_is_passed_on_and_the_ranks_are_waited_for(bin_folder: Path, warning: signal.Signals) -> None:
+@pytest.mark.parametrize(("warning", "requeues"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
+def test_a_warning_is_passed_on_and_the_ranks_are_waited_for(
+    bin_folder: Path, warning: signal.Signals, requeues: int
+) -> None:
+    # TERM is sent to a job that is cancelled or preempted: Slurm starts it again, or nobody does.
     # srun stands for ranks that save on the signal: they end some time after it, with 75
     _script(
         bin_folder / "srun",
@@ -134,7 +182,7 @@ while true; do sleep 0.05; done""",
     finally:
         job.kill()
     assert (bin_folder.parent / "saved").read_text(encoding="utf-8") == "saved\n"
-    assert _requeues(bin_folder) == ["requeue 41234"]
+    assert _requeues(bin_folder) == ["requeue 41234"] * requeues
 
 
 def test_an_unset_variable_of_slurm_stops_the_job_before_it_starts_ranks(bin_folder: Path) -> None:
@@ -149,7 +197,12 @@ def test_an_unset_variable_of_slurm_stops_the_job_before_it_starts_ranks(bin_fol
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 @pytest.mark.parametrize(
     "script",
-    [*SCRIPT.parent.glob("*.sh"), *SCRIPT.parent.parent.glob("*.sh"), SCRIPT.parent.parent / ".ci" / "run"],
+    [
+        *SCRIPT.parent.glob("*.sh"),
+        *Path(__file__).parent.glob("*.sh"),
+        *SCRIPT.parent.parent.glob("*.sh"),
+        SCRIPT.parent.parent / ".ci" / "run",
+    ],
     ids=lambda path: path.name,
 )
 def test_shellcheck_finds_nothing(script: Path) -> None:

@@ -6,12 +6,16 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_FILE = "STOP"
+WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,6 +64,38 @@ class StopRequest:
         if self._speaks:
             # Not through logging or print: a handler may run in the middle of either.
             os.write(2, b"\nstopping after a checkpoint; Ctrl-C again to leave at once\n")
+
+
+@contextmanager
+def leaving_when_warned(code: int) -> Iterator[None]:
+    """While entered, SIGTERM and SIGUSR1 end this process at once with an exit code: what it has finished is kept.
+
+    For stages that a kill does not hurt. Python runs a handler only between two of its instructions, which a rank that
+    waits for others inside a collective may never reach; so a thread is told of the signal, and ends the process.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = {number: signal.signal(number, lambda *_: None) for number in WARNINGS}
+    fd_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while number := os.read(reading, 1):
+            if number[0] in WARNINGS:
+                name = signal.Signals(number[0]).name
+                os.write(2, f"\n{name}: what is finished is kept; start the same command to go on\n".encode())
+                os._exit(code)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(fd_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writing)
+        watcher.join()
+        os.close(reading)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:

@@ -23,11 +23,11 @@ import orjson
 import torch
 
 from data import staging
-from data.errors import UserError
+from data.errors import Stopped, UserError
 from data.parts import Parts
 from trainer import distributed
 from trainer.device import pick_device
-from trainer.preempt import die_with_parent
+from trainer.preempt import die_with_parent, leaving_when_warned
 
 log = logging.getLogger("quintet")
 
@@ -69,7 +69,7 @@ def carry_out(
     """
     output = Path(config.output).expanduser().absolute()
     device = pick_device(config.device)
-    with job(device):
+    with job(device), leaving_when_warned(Stopped.exit_code):
         with distributed.together():
             task = open_task(config, device)
         if not begin(task, output):

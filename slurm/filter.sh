@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The consistency filter on Slurm:  sbatch slurm/filter.sh --config configs/filter.yaml model=... data=... output=...
+# A job that ends too early goes on at its next start where it stopped. For the rest see slurm/pretrain.sh.
+#SBATCH --job-name=quintet-filter
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+set -euo pipefail
+
+# exec: Slurm signals this process, which the other script then is.
+exec bash "${SLURM_SUBMIT_DIR:-.}/slurm/stage.sh" filter "$@"
