@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher import cli
+
 SCRIPT = Path(__file__).parent.parent / "slurm" / "pretrain.sh"
 STAGES = ["pretrain", "finetune", "teacher", "filter", "mine", "distill", "evaluate"]
 
@@ -192,6 +194,90 @@ def test_an_unset_variable_of_slurm_stops_the_job_before_it_starts_ranks(bin_fol
     assert result.returncode != 0
     assert "SLURM_JOB_NODELIST" in result.stderr
     assert not (bin_folder.parent / "srun.arguments").exists()
+
+
+# --- the whole recipe -------------------------------------------------------------------------------------------------
+
+RECIPE = ["/runs of mine", "--size", "small", "--pairs", "weak", "--labelled", "good", "--evaluate", "beir/scifact"]
+
+
+def _pipeline(bin_folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    _script(
+        bin_folder / "sbatch",
+        'printf "%s|" "$@" >>"$CALLS"; echo >>"$CALLS"; echo "$(wc -l <"$CALLS");cluster"',
+    )
+    calls = bin_folder.parent / "calls"
+    calls.touch()
+    return subprocess.run(
+        ["bash", str(SCRIPT.with_name("pipeline.sh")), *arguments],
+        env=_environment(bin_folder, CALLS=str(calls)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def _calls(bin_folder: Path) -> list[list[str]]:
+    return [line.rstrip("|").split("|") for line in (bin_folder.parent / "calls").read_text().splitlines()]
+
+
+def test_the_pipeline_submits_every_stage_after_the_one_before_it(bin_folder: Path) -> None:
+    result = _pipeline(bin_folder, *RECIPE, "--workers", "3", "--sbatch", "--account=mine", "--sbatch", "--nodes=2")
+    assert result.returncode == 0, result.stderr
+    calls = _calls(bin_folder)
+    scripts = [next(Path(word).stem for word in call if word.endswith(".sh")) for call in calls]
+    assert scripts == ["pretrain", "filter", "pretrain", "mine", "teacher", "distill", "finetune", "evaluate"]
+    assert all({"--account=mine", "--nodes=2"} <= set(call) for call in calls)
+    after = [[word for word in call if word.startswith("--dependency")] for call in calls]
+    assert after == [[], *([f"--dependency=afterok:{number}"] for number in range(1, 8))]
+    assert "--array=0-2" in calls[5]
+    assert {"model=/runs of mine/filtered", "data=good", "output=/runs of mine/mined"} <= set(calls[3])
+    assert {"teacher=/runs of mine/teacher/model", "scores=/runs of mine/scores"} <= set(calls[5])
+    assert [line.split() for line in result.stdout.splitlines()][-1] == ["evaluate", "job", "8"]
+
+
+def test_a_teacher_that_is_there_is_not_trained(bin_folder: Path) -> None:
+    assert _pipeline(bin_folder, *RECIPE, "--teacher", "cross/encoder").returncode == 0
+    calls = _calls(bin_folder)
+    assert not any("slurm/teacher.sh" in call for call in calls)
+    assert {"teacher=cross/encoder", "--dependency=afterok:4"} <= set(calls[4])
+
+
+def test_the_keys_of_the_pipeline_are_keys_of_its_stages(bin_folder: Path) -> None:
+    """Each line, run with --print-config, is one that the stage takes."""
+    result = _pipeline(bin_folder, *RECIPE)
+    assert result.returncode == 0, result.stderr
+    for call in _calls(bin_folder):
+        place = next(number for number, word in enumerate(call) if word.endswith(".sh"))
+        assert cli.main([Path(call[place]).stem, *call[place + 1 :], "--print-config"]) == 0, call
+
+
+def test_a_dry_run_of_the_pipeline_submits_nothing(bin_folder: Path) -> None:
+    result = _pipeline(bin_folder, *RECIPE, "--dry-run")
+    assert len(result.stdout.splitlines()) == 8
+    assert _calls(bin_folder) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--size small --pairs"),
+        (["runs", "--size", "small", "--pairs", "weak"], "--labelled must be given"),
+        (["runs", "--size", "tiny", "--pairs", "weak", "--labelled", "good"], "configs/pretrain/tiny.yaml"),
+        ([*RECIPE, "--workers", "none"], "--workers none"),
+        ([*RECIPE, "--wrong"], "--wrong: not an option"),
+        ([*RECIPE, "more"], "more: RUNS is"),
+        (["runs", "--size"], "--size: a value must follow"),
+    ],
+)
+def test_mistakes_of_the_pipeline_are_one_message(bin_folder: Path, arguments: list[str], said: str) -> None:
+    result = _pipeline(bin_folder, *arguments)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert _calls(bin_folder) == []
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
