@@ -3,8 +3,8 @@
 #
 #   bash slurm/stage.sh STAGE [--dry-run] [--config FILE] [key=value ...]
 #
-# A job that was warned of its end and has left a complete checkpoint (exit code 75) is put back into the queue, at most
-# QUINTET_MAX_RESTARTS times. With --dry-run it only says what each node would run, inside a job or outside.
+# A job that was warned of its end and has left a complete checkpoint (exit code 75), or that has lost a node, is put back
+# into the queue, at most QUINTET_MAX_RESTARTS times. With --dry-run it only says what each node would run, inside a job or outside.
 # Modules, interfaces and the like go into slurm/site.env: see slurm/site.env.example.
 set -euo pipefail
 stage=$1
@@ -71,14 +71,39 @@ while [ -n "$signalled" ]; do
     wait "$step" && code=0 || code=$?
 done
 
-# 75 says: stopped after a complete checkpoint, start me again. Nothing else is worth a second start.
-if [ "$code" = 75 ] && [ -z "$ended" ]; then
+# requeue WHY: put this job back into the queue, unless it was there too often
+requeue() {
     if ((restarts < max_restarts)); then
-        echo "job $SLURM_JOB_ID: stopped with a checkpoint, requeued (restart $((restarts + 1)) of $max_restarts)"
+        echo "job $SLURM_JOB_ID: $1, requeued (restart $((restarts + 1)) of $max_restarts)"
         scontrol requeue "$SLURM_JOB_ID"
     else
-        echo "job $SLURM_JOB_ID: stopped with a checkpoint after $restarts restarts, the most that" \
-            "QUINTET_MAX_RESTARTS allows; submit it again to go on" >&2
+        echo "job $SLURM_JOB_ID: $1 after $restarts restarts, the most that QUINTET_MAX_RESTARTS allows;" \
+            "submit it again to go on" >&2
     fi
+}
+
+# can_start NODE: whether a step of this job starts there
+can_start() { timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" true </dev/null >/dev/null 2>&1; }
+
+# The nodes on which nothing starts any more; Slurm itself notices minutes later. This script runs on the first: where not
+# even that one answers, the question was wrong, not the node.
+lost_nodes() {
+    local node
+    while read -r node; do
+        can_start "$node" || printf '%s ' "$node"
+    done < <(can_start "${nodes%%$'\n'*}" && echo "$nodes")
+}
+
+# 75 says: stopped after a complete checkpoint, start me again. So does a lost node, whose ranks end the others with an
+# error. Nothing else is worth a second start.
+if [ -z "$ended" ]; then
+    case $code in
+        75) requeue "stopped with a checkpoint" ;;
+        0 | 2 | 3 | 4) ;;
+        *)
+            lost=$(lost_nodes)
+            if [ -n "$lost" ]; then requeue "lost ${lost% }"; fi
+            ;;
+    esac
 fi
 exit "$code"

@@ -27,7 +27,11 @@ def bin_folder(tmp_path: Path) -> Path:
     shutil.copytree(SCRIPT.parent, tmp_path / "slurm", ignore=shutil.ignore_patterns("site.env"))
     _script(
         folder / "srun",
-        'printf "%s\\n" "$@" >srun.arguments\nenv >srun.environment\nexit "${SRUN_CODE:-0}"',
+        """if [ "$1" = --overlap ]; then [[ " $* " != *"--nodelist=${LOST:-none} "* ]]; exit; fi
+printf "%s\\n" "$@" >srun.arguments
+env >srun.environment
+exit "${SRUN_CODE:-0}"""
+        + '"',
     )
     _script(
         folder / "scontrol",
@@ -160,6 +164,19 @@ def test_only_a_complete_checkpoint_is_requeued(bin_folder: Path, code: int, req
     result = _run(bin_folder, SRUN_CODE=str(code))
     assert result.returncode == code
     assert _requeues(bin_folder) == ["requeue 41234"] * requeues
+
+
+def test_a_cluster_where_no_further_step_starts_says_nothing_about_its_nodes(bin_folder: Path) -> None:
+    assert _run(bin_folder, SRUN_CODE="1", LOST="localhost").returncode == 1
+    assert _requeues(bin_folder) == []
+
+
+@pytest.mark.parametrize(("code", "requeues"), [(0, 0), (1, 1), (2, 0), (4, 0), (75, 1), (124, 1), (137, 1)])
+def test_a_crash_on_a_node_that_is_lost_is_requeued(bin_folder: Path, code: int, requeues: int) -> None:
+    result = _run(bin_folder, SRUN_CODE=str(code), LOST="node2.invalid")
+    assert result.returncode == code
+    assert _requeues(bin_folder) == ["requeue 41234"] * requeues
+    assert ("lost node2.invalid, requeued" in result.stdout) == (code in (1, 124, 137))
 
 
 @pytest.mark.parametrize(("warning", "requeues"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
