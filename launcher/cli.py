@@ -119,8 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> int:
     if words and words[0] in STAGES:
         return _run_stage(words[0], words[1:])
+    if words and words[0] == "launch":
+        return _launch(words[1:])
     if words and not words[0].startswith("-"):
-        near = difflib.get_close_matches(words[0], STAGES, n=1)
+        near = difflib.get_close_matches(words[0], [*STAGES, "launch"], n=1)
         hint = f"did you mean {near[0]}?" if near else "quintet --help lists the commands"
         _say(f"quintet: there is no command {words[0]}; {hint}")
         return UserError.exit_code
@@ -154,6 +156,29 @@ def _run_stage(name: str, words: list[str]) -> int:
         if _rank() == 0:
             _say(f"quintet {name}: interrupted")
         return EXIT_INTERRUPTED
+
+
+def _launch(words: list[str]) -> int:
+    """Run a stage on several ranks."""
+    from launcher import launch
+
+    try:
+        return launch.main(words, _check)
+    except QuintetError as error:
+        _say(_message("launch", error))
+        return error.exit_code
+
+
+def _check(name: str, words: list[str]) -> Any:
+    """The configuration of a stage, which is found wrong before any rank is started; None where only help was asked."""
+    from launcher import config
+
+    options, overrides = _parse(name, words)
+    if options.help or options.print_config:
+        _run_stage(name, words)
+        return None
+    stage = STAGES[name]
+    return config.load(importlib.import_module(stage.module).Config, options.config, overrides, fixed=stage.fixed)
 
 
 def _load_and_run(module: Any, stage: Stage, options: argparse.Namespace, overrides: list[str]) -> int:
@@ -213,6 +238,7 @@ def _message(name: str, error: QuintetError) -> str:
 
 def _list_of_stages() -> str:
     lines = "\n".join(f"  {name:9} {stage.line}" for name, stage in STAGES.items())
+    lines += "\n  launch    a stage on several processes, restarted after a preemption"
     return f"""\
 Train text-embedding models from raw text pairs to an evaluated, exported model.
 
