@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -81,10 +82,31 @@ def _complete_rendezvous() -> None:
             raise UserError("MASTER_ADDR is not set: start with slurm/pretrain.sh, or export the first node's address")
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "9500")) % 40000))
+    interface = _interface_to(os.environ["MASTER_ADDR"])
+    if interface and not interface.startswith("lo"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _interface_to(host: str) -> str:
+    """The network interface by which this machine reaches a host; empty where none is found.
+
+    Gloo, left alone, offers the others the address of the machine's own name, which on Debian is that of loopback.
+
+    Raises:
+        UserError: the name does not resolve.
+    """
     try:
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     except OSError:
-        raise UserError(f"MASTER_ADDR={os.environ['MASTER_ADDR']} does not resolve; give the address itself") from None
+        raise UserError(f"MASTER_ADDR={host} does not resolve; give the address itself") from None
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing, but chooses a way
+            mine = probe.getsockname()[0]
+    except OSError:
+        return ""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if any(one.address == mine for one in found)), "")
 
 
 def stop() -> None:
