@@ -11,13 +11,14 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from data.errors import EXIT_DONE, ConfigError, QuintetError, UserError
+from data.errors import EXIT_DONE, ConfigError, QuintetError, Stopped, UserError
 
 if TYPE_CHECKING:
     from launcher.schema import Key
@@ -109,6 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
+        if arguments is None and code == Stopped.exit_code:
+            # This process is about to end, with its checkpoint written. A launcher that ends the other ranks once the
+            # first has left must not make 143 of it.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return code
     except BrokenPipeError:
         # the reader of our output has gone (`quintet ... | head`): nothing may be written to it at exit either

@@ -33,6 +33,23 @@ def test_a_signal_asks_to_stop_and_handlers_come_back(number: signal.Signals, tm
     assert signal.getsignal(number) == before
 
 
+def test_a_rank_that_leaves_with_its_checkpoint_is_not_ended_by_a_further_signal(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from data.errors import Stopped
+from trainer.preempt import StopRequest
+try:
+    with StopRequest(sys.argv[1]):
+        raise Stopped("saved")
+except Stopped:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("alive")
+"""
+    with _start(code, tmp_path) as process:
+        said, _ = process.communicate(timeout=20)
+    assert (process.returncode, said) == (0, "alive\n")
+
+
 def test_a_file_asks_to_stop_once(tmp_path: Path) -> None:
     with StopRequest(tmp_path) as stop:
         (tmp_path / STOP_FILE).touch()

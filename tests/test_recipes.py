@@ -27,7 +27,7 @@ PLACES = {
     "pack": ["output=shards"],
     "pretrain": ["loss.guide.path=guide"],
     "pretrain-kept": ["loss.guide.path=guide"],
-    "finetune": ["scores=scores"],
+    "finetune": ["scores=scores", "loss.guide.path=guide"],
 }
 MIXTURE = CONFIGS / "mixtures/me5-pretrain.yaml"
 

@@ -13,10 +13,16 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from data.errors import Stopped
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_FILE = "STOP"
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """A signal handler that does nothing."""
 
 
 class StopRequest:
@@ -43,7 +49,10 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # A rank on its way out with a checkpoint: launchers send SIGTERM to those that are not the first to leave.
+            # Not SIG_IGN, which commands started from here would inherit.
+            leaving = isinstance(error, Stopped) and number in WARNINGS
+            signal.signal(number, _ignore if leaving else handler)
         if self._file and self.reason:
             self._file.unlink(missing_ok=True)
 
@@ -75,7 +84,7 @@ def leaving_when_warned(code: int) -> Iterator[None]:
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    before = {number: signal.signal(number, lambda *_: None) for number in WARNINGS}
+    before = {number: signal.signal(number, _ignore) for number in WARNINGS}
     fd_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
     def watch() -> None:
