@@ -15,7 +15,7 @@ import pairs
 import psutil
 import pytest
 import teachers
-from test_resume import EXACT
+from test_resume import trajectory
 
 from trainer.crossencoder import fingerprint, open_teacher
 
@@ -103,10 +103,6 @@ def local(folder: Path) -> Path:
     overrides = jobs.settings(folder, run_dir=folder / "local", steps=STEPS)
     assert jobs.run(jobs.command(2, overrides), folder / "local.log") == 0
     return folder / "local"
-
-
-def trajectory(run_dir: Path) -> dict[int, tuple[float, ...]]:
-    return {step: tuple(row[name] for name in EXACT) for step, row in jobs.steps(run_dir).items()}
 
 
 def of_node(name: str) -> list[psutil.Process]:
