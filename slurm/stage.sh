@@ -4,8 +4,8 @@
 #   bash slurm/stage.sh STAGE [--dry-run] [--config FILE] [key=value ...]
 #
 # A job that was warned of its end and has left a complete checkpoint (exit code 75), or that has lost a node, is put back
-# into the queue, at most QUINTET_MAX_RESTARTS times. With --dry-run it only says what each node would run, inside a job or outside.
-# Modules, interfaces and the like go into slurm/site.env: see slurm/site.env.example.
+# into the queue, at most QUINTET_MAX_RESTARTS times. With --dry-run it only says what each node would run, inside a job
+# or outside. Modules, interfaces and the like go into slurm/site.env: see slurm/site.env.example.
 set -euo pipefail
 stage=$1
 shift
@@ -29,6 +29,9 @@ if [ -n "$dry_run" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
     SLURM_JOB_ID=0 SLURM_JOB_NUM_NODES=$(header nodes) SLURM_CPUS_PER_TASK=$(header cpus-per-task)
     SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * $(header ntasks-per-node)))
     nodes=$(seq --format='node%g' "$SLURM_JOB_NUM_NODES")
+elif [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "slurm/$stage.sh: not inside a Slurm job; submit it with sbatch, or say what it would run with --dry-run" >&2
+    exit 2
 else
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 fi

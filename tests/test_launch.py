@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from test_resume import trajectory
 
-from launcher import cli
+from launcher import cli, local
 from launcher.local import job_code, shares
 
 LAUNCH = [jobs.QUINTET, "launch"]
@@ -117,6 +118,16 @@ print(launch._once(["true"], 2, Path(sys.argv[1]))[0], launch._once(["true"], 2,
         [sys.executable, "-c", launcher, tmp_path], capture_output=True, text=True, timeout=60, cwd=cli.__file__[:-16]
     )
     assert done.stdout.split() == ["1", "0"], done.stderr
+
+
+def test_a_rank_that_hangs_after_another_failed_is_ended_and_does_not_hide_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(local, "LAST_SECONDS", 0.5)
+    deaf = 'if [ "$RANK" = 0 ]; then exit 3; fi; trap "" TERM; while true; do sleep 0.1; done'
+    job = local.Ranks(["bash", "-c", deaf], 2, os.environ)
+    assert job.wait() == 3
 
 
 @pytest.mark.parametrize(

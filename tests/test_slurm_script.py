@@ -116,6 +116,14 @@ def test_a_dry_run_outside_of_a_job_takes_the_numbers_of_the_script(bin_folder: 
     assert result.stdout.splitlines()[1:] == ["node1: 8 x OMP_NUM_THREADS=8 quintet filter"], result.stderr
 
 
+def test_outside_of_a_job_the_script_says_how_to_submit_it(bin_folder: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    command = ["bash", "slurm/mine.sh", "data=x"]
+    result = subprocess.run(command, cwd=bin_folder.parent, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "slurm/mine.sh: not inside a Slurm job" in result.stderr
+
+
 def test_restarts_have_a_limit(bin_folder: Path) -> None:
     few = {"SRUN_CODE": "75", "QUINTET_MAX_RESTARTS": "2"}
     assert _run(bin_folder, SLURM_RESTART_COUNT="1", **few).returncode == 75
