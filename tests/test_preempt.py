@@ -117,10 +117,16 @@ def test_a_warning_ends_a_stage_at_once_even_inside_a_call_that_does_not_return(
 
 
 def test_a_stage_that_ends_gives_its_signals_back() -> None:
-    before = [signal.getsignal(number) for number in WARNINGS]
-    with leaving_when_warned(75):
-        assert [signal.getsignal(number) for number in WARNINGS] != before
-    assert [signal.getsignal(number) for number in WARNINGS] == before
+    def own(number: int, frame: object) -> None: ...
+
+    found = {number: signal.signal(number, own) for number in WARNINGS}
+    try:
+        with leaving_when_warned(75):
+            assert own not in [signal.getsignal(number) for number in WARNINGS]
+        assert [signal.getsignal(number) for number in WARNINGS] == [own, own]
+    finally:
+        for number, handler in found.items():
+            signal.signal(number, handler)
 
 
 _LAUNCHER = """
