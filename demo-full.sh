@@ -5,14 +5,15 @@
 #
 #   bash demo-full.sh          in demo-full/, with configs/full: as `make demo-full` calls it
 #   bash demo-full.sh best     in demo-best/, with configs/best, two hours: benchmarks/quality.md
+#   bash demo-full.sh gpu      in demo-gpu/, with configs/gpu: all layers and larger batches, minutes on one GPU
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" WANDB_MODE="${WANDB_MODE:-disabled}"
 name="${1:-full}"
 out="demo-$name"
-[ -d "configs/$name" ] || { echo "demo-full.sh: configs/$name is not there; give best, or nothing" >&2; exit 2; }
-# bf16 is several times faster on a processor with AMX.
-if grep -q amx_bf16 /proc/cpuinfo 2>/dev/null; then precision=bf16; else precision=fp32; fi
+[ -d "configs/$name" ] || { echo "demo-full.sh: configs/$name is not there; give best, gpu, or nothing" >&2; exit 2; }
+# bf16 is several times faster on a GPU and on a processor with AMX.
+if nvidia-smi -L >/dev/null 2>&1 || grep -q amx_bf16 /proc/cpuinfo 2>/dev/null; then precision=bf16; else precision=fp32; fi
 models=()  # those scored so far, in order, as NAME=results.json
 
 title() { printf '\n== %s (%d min %02d s since the start)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }

@@ -55,6 +55,7 @@ class Case:
     budgets: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     chunks: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     repeats: int = 5
+    device: str = "cpu"  # on cuda, both sides run in bf16 (benchmarks/gpu.py)
 
 
 NATURAL = Case()
@@ -100,13 +101,14 @@ class Sides:
     """
 
     def __init__(self, case: Case) -> None:
-        self.batch = texts(case)
-        self.peer_model = _sentence_transformer(case)
+        self.batch, device = texts(case), torch.device(case.device)
+        self.peer_model = sentence_transformer(case)
         encoder = Encoder(copy.deepcopy(self.peer_model[0].auto_model))
         self.plain = copy.deepcopy(encoder)
-        distributed.start(torch.device("cpu"), 60)
+        distributed.start(device, 60)
         settings = OptimizerSettings(max_grad_norm=MAX_NORM, **ADAM)
-        self.engine = Engine(encoder, settings, stage=1, local_batch=case.pairs, device=torch.device("cpu"))
+        self._on_gpu = device.type == "cuda"
+        self.engine = Engine(encoder, settings, stage=1, local_batch=case.pairs, device=device, bf16=self._on_gpu)
         self.peer_adam = torch.optim.AdamW(self.peer_model.parameters(), lr=LR, fused=True, **ADAM)
         self.plain_adam = torch.optim.AdamW(self.plain.parameters(), lr=LR, fused=True, **ADAM)
         self.objective = partial(objectives.contrastive, temperature=TEMPERATURE)
@@ -117,9 +119,12 @@ class Sides:
         for model in (self.peer_model, self.engine.module, self.plain):
             model.train(on)
 
-    def ours(self, tokens_per_chunk: int, memory_budget: float, batch: Batch | None = None) -> Callable[..., Any]:
+    def ours(self, tokens_per_chunk: int, budget: float | None, batch: Batch | None = None) -> Callable[..., Any]:
         """The step that `quintet pretrain` runs."""
-        stepper = Stepper(self.engine, self.objective, SEED, PADDING, tokens_per_chunk, memory_budget)
+        stepper = Stepper(
+            *(self.engine, self.objective, SEED, PADDING, tokens_per_chunk, budget),
+            packed=self._on_gpu,
+        )
         return lambda lr=LR: stepper(batch or self.batch, 0, lr)
 
     def without_engine(self, tokens_per_chunk: int) -> Callable[[], None]:
@@ -144,11 +149,11 @@ class Sides:
         """The loop that sentence-transformers' trainer runs, without its logging and data loading."""
         chosen: dict[str, Any] = dict([setting])
         loss = CachedMultipleNegativesRankingLoss(self.peer_model, scale=1 / TEMPERATURE, **chosen)
-        columns = _padded_columns(batch or self.batch)
+        columns = _padded_columns(batch or self.batch, self.peer_model.device)
 
         def step(update: bool = True) -> float:
             self.peer_adam.zero_grad()
-            value = loss([dict(column) for column in columns], torch.empty(0))
+            value = loss([dict(column) for column in columns], torch.empty(0, device=self.peer_model.device))
             value.backward()
             if update:
                 torch.nn.utils.clip_grad_norm_(self.peer_model.parameters(), MAX_NORM)
@@ -173,16 +178,16 @@ def texts(case: Case) -> Batch:
     return Batch(Ragged(ids, sizes), case.pairs, 0, numbers, numbers + case.pairs, numbers)
 
 
-def _padded_columns(batch: Batch) -> list[dict[str, Tensor]]:
+def _padded_columns(batch: Batch, device: torch.device) -> list[dict[str, Tensor]]:
     """Queries and passages as sentence-transformers' collator hands them over: each column padded to its longest."""
     columns = []
     for rows in (np.arange(batch.num_queries), np.arange(batch.num_queries, len(batch.tokens))):
         ids, mask = gradcache.pad(batch.tokens, rows, PADDING)
-        columns.append({"input_ids": ids, "attention_mask": mask.long()})
+        columns.append({"input_ids": ids.to(device), "attention_mask": mask.long().to(device)})
     return columns
 
 
-def _sentence_transformer(case: Case) -> Any:
+def sentence_transformer(case: Case) -> Any:
     """A random XLM-R-like encoder with mean pooling; the loss normalises. The unused pooler is taken off both sides."""
     config = AutoConfig.for_model(
         "xlm-roberta",
@@ -200,7 +205,9 @@ def _sentence_transformer(case: Case) -> Any:
         torch.manual_seed(SEED)
         AutoModel.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        model: Any = SentenceTransformer(modules=[Transformer(folder), Pooling(case.hidden, "mean")], device="cpu")
+        model: Any = SentenceTransformer(
+            modules=[Transformer(folder), Pooling(case.hidden, "mean")], device=case.device
+        )
     model[0].auto_model.pooler = None
     return model
 

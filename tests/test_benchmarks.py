@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, loss, mining, scores, search, step
+from benchmarks import common, gpu, loss, mining, scores, search, step
 from benchmarks.__main__ import SCRIPTS, run
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +98,23 @@ def test_mined_negatives_are_the_peers_before_they_are_timed() -> None:
     json.dumps(result)
 
 
+@pytest.mark.slow
+def test_the_parts_for_a_gpu_compute_what_the_peer_does_and_run_small_without_one() -> None:
+    result = gpu.measure(quick=True)
+    checked = result["correctness"]
+    assert checked["encode, tiny"]["smallest cosine"] > 0.99
+    assert checked["filter, 200 x 5,000, d = 32"]["queries counted otherwise"] == 0
+    loss = checked["step, tiny, 32 pairs"]
+    assert loss["loss"] == pytest.approx(loss["loss on the CPU, fp32"], rel=1e-4)  # both on the CPU, in fp32, here
+    json.dumps(result)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_for_a_gpu_says_that_there_is_none() -> None:
+    with pytest.raises(common.GateError, match="no GPU"):
+        gpu.measure()
+
+
 def test_a_gate_refuses_another_number_and_another_verdict() -> None:
     scores, numbers = np.array([[0.9, 0.5, 0.500001]]), np.array([[1, 2, 3]])
     assert search._gate_search((scores, np.array([[1, 3, 2]])), (scores, numbers))["clear_places"] == 1
@@ -118,4 +135,4 @@ def test_an_unknown_benchmark_is_refused_by_name() -> None:
     command = [sys.executable, "-m", "benchmarks", "stepp"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert f"stepp: no such benchmark; there are {', '.join(SCRIPTS)}" in done.stderr
+    assert f"stepp: no such benchmark; there are {', '.join(SCRIPTS)}, gpu" in done.stderr

@@ -14,8 +14,16 @@ from safetensors.torch import load_file, save_file
 from data.errors import UserError
 from data.tokens import TextEncoder
 from trainer import gradcache
-from trainer.encoder import Encoder, ModelSettings, Segments, freeze_positions, load_backbone, open_model, save_settings
-from trainer.step import pack
+from trainer.encoder import (
+    Encoder,
+    ModelSettings,
+    Segments,
+    freeze_positions,
+    load_backbone,
+    open_model,
+    pack,
+    save_settings,
+)
 
 FAMILIES = [tiny.bert, tiny.xlmr, tiny.mpnet]
 TEXTS = [*tiny.TEXTS, "fox", "the", " ".join(tiny.TEXTS[:2])]
@@ -57,7 +65,7 @@ def test_packed_equals_alone_where_the_family_can_be_packed(folder: Path, poolin
     if not encoder.packable:
         return  # trainer/build.py refuses model.attention=packed for it, see test_train.py
     rows = np.array([3, 0, 1, 9, 2, 4, 5, 6, 7, 8])
-    ids, segments = pack(batch_of(texts), rows)
+    ids, segments = pack(batch_of(texts).tokens, rows)
     with torch.no_grad():
         packed = encoder(ids, segments=segments)
         padded = encoder(*gradcache.pad(texts, rows, model.tokenizer.pad_token_id))

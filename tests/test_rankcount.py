@@ -46,7 +46,7 @@ def test_counts_are_those_of_the_whole_matrix_up_to_the_limit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rankcount, "has_fast_bf16", lambda kind: bf16)
         patch.setattr(rankcount, "_FIRST_BLOCK", 3)
-        patch.setattr(rankcount, "_LAST_BLOCK", 12)
+        patch.setattr(rankcount, "_LAST_BLOCKS", {"cpu": 12})
         patch.setattr(rankcount, "_TILES", {"cpu": 40})
         patch.setattr(rankcount, "_PAIRS", 5)
         found = count_above(queries, own, pool, same, limit=limit)

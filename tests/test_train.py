@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -148,6 +149,29 @@ def test_too_many_non_finite_steps_end_with_code_4_and_publish_nothing(folder: P
     for weights in run_dir.glob("checkpoints/step-*/model/*.safetensors"):
         for name, tensor in load_file(weights).items():
             assert torch.isfinite(tensor).all(), f"{weights} {name}"
+
+
+def bf16_engine(model: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What an engine gives, called bare; and the plain model's vectors under autocast and in fp32."""
+    from trainer.encoder import Encoder, load_backbone
+    from trainer.engine import Engine, OptimizerSettings
+
+    settings = OptimizerSettings(weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+    plain, cpu = Encoder(load_backbone(str(model))).eval(), torch.device("cpu")
+    engine = Engine(copy.deepcopy(plain), settings, stage=1, local_batch=2, device=cpu, bf16=True)
+    texts = torch.tensor([[2, 7, 3]]), torch.ones(1, 3, dtype=torch.bool)
+    engine.module.eval()
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):  # as DeepSpeed has it around the model on a GPU
+        got, exact = engine(*texts), plain(*texts)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = plain(*texts)
+    return got, wanted, exact
+
+
+def test_an_engine_runs_bf16_inside_the_model_where_deepspeed_cannot_turn_it_off(folder: Path, tmp_path: Path):
+    ((got, wanted, exact),) = ranks.run(bf16_engine, 1, tmp_path, folder / "bert")
+    assert torch.equal(got, wanted)
+    assert not torch.equal(got, exact)
 
 
 def nan_on_one_rank(model: Path) -> tuple[bool, float, bool, bool]:

@@ -110,7 +110,8 @@ def _engine(config: Config, module: torch.nn.Module, device: torch.device) -> En
         max_grad_norm=config.max_grad_norm,
     )
     local_batch = config.batch_size // distributed.world()
-    return Engine(module, optimizer, stage=config.zero_stage, local_batch=local_batch, device=device)
+    bf16 = config.precision == "bf16"
+    return Engine(module, optimizer, stage=config.zero_stage, local_batch=local_batch, device=device, bf16=bf16)
 
 
 def _stepper(config: Config, engine: Engine, task: Task, tokenizer: Any) -> Stepper:
@@ -121,9 +122,8 @@ def _stepper(config: Config, engine: Engine, task: Task, tokenizer: Any) -> Step
         task.objective,
         seed=config.seed,
         padding_id=tokenizer.pad_token_id,
-        tokens_per_chunk=chunk_tokens(config.tokens_per_chunk, engine.device),
+        tokens_per_chunk=chunk_tokens(config.tokens_per_chunk, engine.device, training=True),
         memory_budget=None if config.memory_budget_gib is None else config.memory_budget_gib * 2**30,
-        bf16=config.precision == "bf16",
         packed=packed,
         share_words=not config.model.compile,
     )

@@ -37,14 +37,18 @@ def free_memory(device: torch.device) -> float:
     return float(psutil.virtual_memory().available) / ranks_here
 
 
-def chunk_tokens(wanted: int | None, device: torch.device | str) -> int:
+def chunk_tokens(wanted: int | None, device: torch.device | str, *, training: bool = False) -> int:
     """Padded tokens of one forward pass: `wanted`, or what suits the device.
 
-    A CPU is twice as fast while activations fit its caches (benchmarks/LOG.md); a GPU wants many rows at once.
+    A CPU is twice as fast while activations fit its caches (benchmarks/LOG.md). A GPU wants many rows at once: an H100
+    encodes 2.7 million tokens a second by 65,536 and 1.4 million by 16,384 (benchmarks/gpu.py). In training a chunk's
+    activations must fit its memory, too.
     """
     if wanted is not None:
         return wanted
-    return 2048 if torch.device(device).type == "cpu" else 16_384
+    if torch.device(device).type == "cpu":
+        return 2048
+    return 16_384 if training else 65_536
 
 
 @contextlib.contextmanager

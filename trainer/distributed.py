@@ -5,6 +5,7 @@ Without a process group (a single process that started none) every function answ
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
@@ -68,6 +69,7 @@ def start(device: torch.device, timeout_seconds: float, rendezvous: str = "") ->
     timeout = timedelta(seconds=timeout_seconds)
     if here.world == 1 and not rendezvous:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        atexit.register(dist.destroy_process_group)  # NCCL complains of a group that is left to the end
         return here
     _complete_rendezvous()
     init_method = rendezvous or "env://"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from data.tokens import Ragged, TextEncoder, concat
 from data.tokens import fingerprint as tokenizer_fingerprint
 from trainer import checkpoint
 from trainer.device import chunk_tokens
-from trainer.encoder import Encoder, Model, open_model
+from trainer.encoder import Encoder, Model, open_model, pack
 from trainer.gradcache import Rows, pad, plan
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def encode(
             chunks then run one-token chunks for the rest.
         progress: called after every chunk.
     """
+    device = torch.device(device)
     chunks = plan(tokens.lengths, chunk_tokens(tokens_per_chunk, device))
     rounds = agree_max(len(chunks)) if agree_max else len(chunks)
     vectors = torch.empty(len(tokens), encoder.size)
@@ -67,9 +68,10 @@ def encode(
     try:
         # No inference mode: tensors made in it could not be used in a backward pass later, and ZeRO-3 keeps
         # parameters that it has gathered here.
-        with torch.no_grad(), _autocast(torch.device(device), precision):
-            for rows in chunks:
-                vectors[torch.from_numpy(rows)] = _forward(encoder, tokens, rows, device).cpu()
+        with torch.no_grad(), _autocast(device, precision):
+            embedded = (_forward(encoder, tokens, rows, device, precision) for rows in chunks)
+            for rows, found in zip(chunks, _on_the_host(embedded), strict=True):
+                vectors[torch.from_numpy(rows)] = found
                 if progress:
                     progress(len(rows), int(tokens.lengths[rows].sum()))
             for _ in range(rounds - len(chunks)):
@@ -80,10 +82,38 @@ def encode(
     return vectors
 
 
-def _forward(encoder: Encoder | CrossEncoder, tokens: Ragged, rows: Rows, device: torch.device | str) -> Tensor:
+def _forward(
+    encoder: Encoder | CrossEncoder, tokens: Ragged, rows: Rows, device: torch.device, precision: str
+) -> Tensor:
+    """The chosen rows' vectors on the device: without padding where the kernel for that runs."""
+    if device.type == "cuda" and precision == "bf16" and isinstance(encoder, Encoder) and encoder.packable:
+        ids, segments = pack(tokens, rows)
+        packed: Tensor = encoder(ids.to(device), segments=segments.to(device))
+        return packed.float()
     ids, mask = pad(tokens, rows)
     vectors: Tensor = encoder(ids.to(device), mask.to(device))
     return vectors.float()
+
+
+def _on_the_host(found: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same tensors on the host, each given out when the next one's work has been handed to the device."""
+    waiting: tuple[Tensor, torch.cuda.Event | None] | None = None
+    for tensor in found:
+        copied, done = tensor.to("cpu", non_blocking=True), None
+        if tensor.is_cuda:
+            done = torch.cuda.Event()
+            done.record()
+        if waiting:
+            yield _arrived(*waiting)
+        waiting = copied, done
+    if waiting:
+        yield _arrived(*waiting)
+
+
+def _arrived(copied: Tensor, done: torch.cuda.Event | None) -> Tensor:
+    if done:
+        done.synchronize()
+    return copied
 
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

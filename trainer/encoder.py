@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from data.tokens import load_tokenizer
+from data.tokens import Ragged, load_tokenizer
+from trainer.gradcache import Rows, flat
 
 transformers_logging.disable_progress_bar()  # its bar for loading weights fills a log with carriage returns
 
@@ -38,6 +40,18 @@ class Segments(NamedTuple):
 
     def to(self, device: torch.device) -> Segments:
         return Segments(self.offsets.to(device), self.longest, self.positions.to(device))
+
+
+def pack(tokens: Ragged, rows: Rows) -> tuple[Tensor, Segments]:
+    """The chosen texts one after the other: ids [1, T] and where each lies."""
+    lengths = tokens.lengths[rows].astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    ids = torch.from_numpy(flat(tokens, rows).astype(np.int64))[None]
+    segments = Segments(
+        torch.from_numpy(offsets.astype(np.int32)), int(lengths.max()), torch.from_numpy(positions)[None]
+    )
+    return ids, segments
 
 
 class Encoder(nn.Module):

@@ -34,12 +34,26 @@ class OptimizerSettings:
 
 
 class Engine:
-    """One model under ZeRO stage 0, 1, 2 or 3. All methods are collectives unless they say otherwise."""
+    """One model under ZeRO stage 0, 1, 2 or 3. All methods are collectives unless they say otherwise.
+
+    With bf16 the model's forward runs under autocast from now on, wherever it is called from.
+    """
 
     def __init__(
-        self, module: nn.Module, settings: OptimizerSettings, *, stage: int, local_batch: int, device: torch.device
+        self,
+        module: nn.Module,
+        settings: OptimizerSettings,
+        *,
+        stage: int,
+        local_batch: int,
+        device: torch.device,
+        bf16: bool = False,
     ) -> None:
         deepspeed = _import_deepspeed()
+        if bf16:
+            # Inside the model: on a GPU DeepSpeed turns off an autocast that it finds around its own forward, and its
+            # own kind reduces gradients in bf16.
+            module.forward = torch.autocast(device.type, dtype=torch.bfloat16)(module.forward)
         self.stage, self.device, self.max_grad_norm = stage, device, settings.max_grad_norm
         # Names and shapes are taken before ZeRO-3 partitions the parameters in place.
         self.shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}

@@ -73,7 +73,7 @@ class Meter:
             "data/padding_frac": 1 - token_count / computed,
             "data/batch_hash": last_batch,
         }
-        peak = _peak_flops(self.device)
+        peak = peak_flops(self.device)
         if peak:
             row["perf/mfu"] = self.flops_per_token * token_count / elapsed / (peak * world)
         self.pause()
@@ -102,6 +102,7 @@ def _peak_memory(device: torch.device) -> float:
     return float(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _peak_flops(device: torch.device) -> float:
+def peak_flops(device: torch.device) -> float:
+    """Peak of dense bf16 products in FLOP/s; 0 where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in _PEAKS.items() if key in name), 0.0)

@@ -24,9 +24,9 @@ from trainer.topk import Rows
 # 1.3e-4 (bf16), while the best of a pool lie some 1e-4 apart.
 TIES = {"fp32": 2e-5, "bf16": 2e-4}
 _FIRST_BLOCK = 512  # passages: small, since most rows that lose do so at once
-_LAST_BLOCK = 8192
+_LAST_BLOCKS = {"cpu": 8192, "cuda": 32_768}
 # Scores computed at a time: on a CPU they stay in the cache until they are compared, a GPU wants many.
-_TILES = {"cpu": 1 << 21, "cuda": 1 << 26}
+_TILES = {"cpu": 1 << 21, "cuda": 1 << 28}
 _PAIRS = 1 << 16  # scores of single pairs computed at a time
 
 
@@ -62,7 +62,7 @@ def count_above(
     rows, active = torch.arange(len(queries)), _Rows(queries.to(device), (own + tie).to(device), same.to(device))
     rough = has_fast_bf16(device.type)
     buffer = active.vectors.new_empty(_TILES[device.type], dtype=torch.bfloat16 if rough else torch.float32)
-    for start, stop in _blocks(len(pool)):
+    for start, stop in _blocks(len(pool), _LAST_BLOCKS[device.type]):
         block = pool[start:stop].to(device).float()
         counts[rows] += (_count_rough if rough else _count)(active, block, start, limit, buffer).cpu()
         staying = counts[rows] < limit
@@ -85,12 +85,12 @@ class _Rows:
         return _Rows(self.vectors[rows], self.bars[rows], self.skip[rows])
 
 
-def _blocks(size: int) -> Iterator[tuple[int, int]]:
+def _blocks(size: int, longest: int) -> Iterator[tuple[int, int]]:
     """Spans of a pool: small ones first."""
     start, length = 0, _FIRST_BLOCK
     while start < size:
         yield start, min(start + length, size)
-        start, length = start + length, min(2 * length, _LAST_BLOCK)
+        start, length = start + length, min(2 * length, longest)
 
 
 def _tiles(rows: _Rows, width: int, buffer: Tensor) -> Iterator[tuple[slice, _Rows]]:

@@ -28,7 +28,7 @@ class Config:
     query: str | list[str] = key([], help="questions; none: asked for, one a line")
     top_k: int = key(5, help="passages shown for each question", low=1)
     tokens_per_chunk: int | None = key(
-        None, help="padded tokens of one forward pass; null: 16384 on a GPU, 2048 on a CPU", low=1
+        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 2048 on a CPU", low=1
     )
     precision: str = key("fp32", help="matrix products", choices=("fp32", "bf16"))
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))

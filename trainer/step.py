@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data.collate import Batch
 from trainer import distributed, gradcache
 from trainer.device import free_memory
-from trainer.encoder import Segments
+from trainer.encoder import pack
 from trainer.engine import Engine
 from trainer.gradcache import Rows, Seconds
 from trainer.objectives import Figures
@@ -44,8 +44,8 @@ class Stepper:
     """Runs steps of one engine.
 
     tokens_per_chunk bounds one forward pass; memory_budget (bytes; None: half of what is free) bounds the graphs
-    kept between the passes; packed feeds texts without padding; bf16 runs the forward under autocast; share_words
-    looks word vectors up once a step (see words.py), which a compiled backbone would be compiled anew for.
+    kept between the passes; packed feeds texts without padding; share_words looks word vectors up once a step (see
+    words.py), which a compiled backbone would be compiled anew for.
     """
 
     engine: Engine
@@ -54,7 +54,6 @@ class Stepper:
     padding_id: int
     tokens_per_chunk: int
     memory_budget: float | None = None
-    bf16: bool = False
     packed: bool = False
     share_words: bool = True
     _bytes_per_token: float = field(default=0.0, init=False)
@@ -133,26 +132,13 @@ class Stepper:
     def _embed(self, batch: Batch, rows: Rows) -> Tensor:
         """Embeddings [len(rows), D] of some of the batch's texts; an empty chunk runs one token and is ignored."""
         device = self.engine.device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            if len(rows) == 0:
-                one = torch.full((1, 1), self.padding_id, device=device)
-                embedded: Tensor = self.engine(one, torch.ones_like(one, dtype=torch.bool))
-            elif self.packed:
-                ids, segments = pack(batch, rows)
-                embedded = self.engine(ids.to(device), segments=segments.to(device))
-            else:
-                ids, mask = gradcache.pad(batch.tokens, rows, self.padding_id)
-                embedded = self.engine(ids.to(device), mask.to(device))
+        if len(rows) == 0:
+            one = torch.full((1, 1), self.padding_id, device=device)
+            embedded: Tensor = self.engine(one, torch.ones_like(one, dtype=torch.bool))
+        elif self.packed:
+            ids, segments = pack(batch.tokens, rows)
+            embedded = self.engine(ids.to(device), segments=segments.to(device))
+        else:
+            ids, mask = gradcache.pad(batch.tokens, rows, self.padding_id)
+            embedded = self.engine(ids.to(device), mask.to(device))
         return embedded
-
-
-def pack(batch: Batch, rows: Rows) -> tuple[Tensor, Segments]:
-    """The chosen texts one after the other: ids [1, T] and where each lies."""
-    lengths = batch.tokens.lengths[rows].astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    ids = torch.from_numpy(gradcache.flat(batch.tokens, rows).astype(np.int64))[None]
-    segments = Segments(
-        torch.from_numpy(offsets.astype(np.int32)), int(lengths.max()), torch.from_numpy(positions)[None]
-    )
-    return ids, segments

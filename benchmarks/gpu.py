@@ -1,0 +1,304 @@
+"""On one GPU, in bf16: encoding, the filter, a teacher, and the whole training step, each beside sentence-transformers.
+
+Lengths are natural (`step.texts`), weights random, except that the teacher's reader is small enough to be made here.
+MFU is 2 FLOP (forward) or 6 (forward and backward) for each parameter that takes part in a matrix product, a token,
+over the card's dense bf16 peak; attention's own products and replays are not counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.util import semantic_search
+
+from benchmarks import scores, step
+from benchmarks.common import GateError, Timing, alternate, in_child, table, target
+from data.tokens import Ragged
+from trainer.embed import encode
+from trainer.encoder import Encoder
+from trainer.meter import peak_flops
+from trainer.rankcount import count_above, own_scores
+
+SMALL = step.Case(layers=12, hidden=384, vocabulary=250_002, device="cuda", pairs=2048)
+BASE = replace(SMALL, hidden=768)
+TINY = replace(step.QUICK, device="cpu", pairs=32)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, and how often."""
+
+    shapes: dict[str, step.Case]
+    teacher: scores.Case
+    pool: int  # pairs of the whole pool
+    texts: int
+    chunks: tuple[int, ...]  # our tokens_per_chunk; the step takes all but the last, whose activations may not fit
+    batches: tuple[int, ...]  # the peer's batch_size
+    passages: int
+    size: int  # of the filter's vectors
+    queries: int
+    few: int  # queries of the filter that the peer searches for, too
+    repeats: int = 2
+
+
+FULL = Sizes(
+    {"small, 12 x 384": SMALL, "base, 12 x 768": BASE},
+    replace(
+        scores.FULL, layers=12, queries=1000, batch_sizes=(64, 256, 512), device="cuda", precision="bf16", repeats=3
+    ),
+    *(32_768, 16_384, (16_384, 65_536, 131_072), (64, 256, 1024), 1_000_000, 768, 100_000, 5_000),
+)
+QUICK = Sizes({"tiny": TINY}, scores.QUICK, 64, 64, (256, 512), (8, 16), 5_000, 32, 200, 100, repeats=1)
+
+
+def measure(quick: bool = False) -> dict[str, Any]:
+    """Every part; without a GPU only the quick one runs, on the CPU."""
+    if not quick and not torch.cuda.is_available():
+        raise GateError("there is no GPU")
+    sizes = QUICK if quick else FULL
+    tables, targets, correctness = [], [], {}
+    for part in (_encoding, _filtering, _teaching, _stepping):
+        print(f"gpu: {part.__name__.strip('_')} ...", flush=True)
+        for name, found in part(sizes).items():
+            tables.append(table(name, found["rows"]))
+            correctness[name] = found["correctness"]
+            if "ratio" in found:
+                targets.append(target(f"{name}: over the peer's best", 1.0, found["ratio"]))
+        gc.collect()
+        torch.cuda.empty_cache()
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {"settings": {"card": card}, "correctness": correctness, "tables": tables, "targets": targets}
+
+
+# --- encoding ----------------------------------------------------------------------------------------------------
+
+
+def _encoding(sizes: Sizes) -> dict[str, Any]:
+    return {f"encode, {name}": _encode(sizes, case) for name, case in sizes.shapes.items()}
+
+
+def _encode(sizes: Sizes, case: step.Case) -> dict[str, Any]:
+    """Token ids to vectors; the peer's `forward` by batches of texts sorted by length, as its `encode` makes them."""
+    peer = step.sentence_transformer(case).eval()
+    tokens = step.texts(replace(case, pairs=sizes.texts // 2)).tokens
+    encoder = Encoder(peer[0].auto_model).eval()
+    device = torch.device(case.device)
+    flops = 2 * _products(encoder) * int(tokens.lengths.sum())
+
+    def ours(chunk: int) -> torch.Tensor:
+        return encode(encoder, tokens, tokens_per_chunk=chunk, device=device, precision="bf16")
+
+    wanted, got = _by_peer(peer, tokens, sizes.batches[0], device), ours(sizes.chunks[0])
+    cosine = float(torch.nn.functional.cosine_similarity(wanted, got).min())
+    if cosine < 0.99:
+        raise GateError(f"the vectors have a cosine of {cosine:.4f} to the peer's")
+    found = alternate(
+        {f"ours, chunk={chunk}": (lambda chunk=chunk: ours(chunk)) for chunk in sizes.chunks}
+        | {f"peer, batch={size}": (lambda size=size: _by_peer(peer, tokens, size, device)) for size in sizes.batches},
+        sizes.repeats,
+        warm_ups=0,
+    )
+    return _beside(found, int(tokens.lengths.sum()), flops, device) | {"correctness": {"smallest cosine": cosine}}
+
+
+def _by_peer(peer: Any, tokens: Ragged, batch: int, device: torch.device) -> torch.Tensor:
+    """What SentenceTransformer.encode does behind its tokenizer, under autocast to bf16."""
+    order = np.argsort(-tokens.lengths, kind="stable")
+    vectors = []
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+        for start in range(0, len(order), batch):
+            ids, mask = step.gradcache.pad(tokens, order[start : start + batch], step.PADDING)
+            features = {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
+            embedded = peer(features)["sentence_embedding"]
+            vectors.append(torch.nn.functional.normalize(embedded.float(), dim=1))
+    found = torch.empty(len(order), vectors[0].shape[1])
+    found[torch.from_numpy(order)] = torch.cat(vectors).cpu()
+    return found
+
+
+def _products(encoder: torch.nn.Module) -> int:
+    """Parameters that take part in matrix products: all but the tables that are looked up."""
+    tables = [module for module in encoder.modules() if isinstance(module, torch.nn.Embedding)]
+    return sum(p.numel() for p in encoder.parameters()) - sum(table.weight.numel() for table in tables)
+
+
+def _beside(found: dict[str, Timing], tokens: int, flops: float, device: torch.device) -> dict[str, Any]:
+    """Rows with tokens a second and MFU; our fastest over the peer's fastest, by the wall: the GPU does the work."""
+    rows = [
+        {
+            "variant": name,
+            "s": timing.median,
+            "tokens/s": round(tokens / timing.median),
+            "MFU": _mfu(flops / timing.median, device),
+        }
+        for name, timing in found.items()
+    ]
+    best = {
+        side: min(timing.median for name, timing in found.items() if name.startswith(side)) for side in ("ours", "peer")
+    }
+    return {"rows": rows, "ratio": best["peer"] / best["ours"]}
+
+
+def _mfu(rate: float, device: torch.device) -> str:
+    peak = peak_flops(device)
+    return f"{rate / peak:.1%}" if peak else "-"
+
+
+# --- the filter --------------------------------------------------------------------------------------------------
+
+
+def _filtering(sizes: Sizes) -> dict[str, Any]:
+    """Own passages at a cosine of 0.2: most rows stay to the end, the dearest case. The pool lies on the host, fp16."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(step.SEED)
+
+    def unit(rows: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(rows, sizes.size, device=device), dim=1)
+
+    pool = torch.cat([unit(count).half().cpu() for count in _pieces(sizes.passages)])
+    queries = torch.cat([unit(count).cpu() for count in _pieces(sizes.queries)])
+    numbers = torch.randint(sizes.passages, (sizes.queries,))
+    queries = torch.nn.functional.normalize(0.2 * pool[numbers].float() + 0.98 * queries, dim=1)
+    own = own_scores(queries, pool[numbers].float())
+    few = slice(0, sizes.few)
+    resident = pool.to(device)
+
+    def ours(rows: slice, where: torch.Tensor) -> torch.Tensor:
+        return count_above(queries[rows], own[rows], where, numbers[rows], limit=2, device=device)
+
+    def peers() -> torch.Tensor:
+        hits = semantic_search(queries[few].to(device), resident.float(), query_chunk_size=1000, top_k=3)
+        return torch.tensor([_above(found, int(number)) for found, number in zip(hits, numbers[few], strict=True)])
+
+    def _above(found: list[dict[str, Any]], number: int) -> int:
+        place = [hit["corpus_id"] for hit in found]
+        return min(2, place.index(number) if number in place else 2)
+
+    wrong = int((ours(few, resident) != peers()).sum())
+    if wrong > sizes.few // 200:  # fp16 vectors leave ties
+        raise GateError(f"the filter counts otherwise than a search does for {wrong} of {sizes.few} queries")
+    found = alternate(
+        {
+            f"ours, {sizes.few:,} queries": lambda: ours(few, resident),
+            f"peer, semantic_search, {sizes.few:,} queries": peers,
+            f"ours, {sizes.queries:,} queries, pool on the GPU": lambda: ours(slice(None), resident),
+            f"ours, {sizes.queries:,} queries, pool on the host": lambda: ours(slice(None), pool),
+        },
+        1,
+        warm_ups=0,
+    )
+    rows = [{"variant": name, "s": timing.median} for name, timing in found.items()]
+    first, second, *_ = (timing.median for timing in found.values())
+    name = f"filter, {sizes.queries:,} x {sizes.passages:,}, d = {sizes.size}"
+    return {name: {"rows": rows, "ratio": second / first, "correctness": {"queries counted otherwise": wrong}}}
+
+
+def _pieces(total: int, piece: int = 100_000) -> Iterator[int]:
+    for start in range(0, total, piece):
+        yield min(piece, total - start)
+
+
+# --- a teacher ---------------------------------------------------------------------------------------------------
+
+
+def _teaching(sizes: Sizes) -> dict[str, Any]:
+    case = sizes.teacher
+    found = scores.scoring(case)
+    name = f"teacher, {case.layers} x {case.size}, {case.precision}"
+    return {name: {**found, "correctness": {"largest difference of a logit": found["difference"]}}}
+
+
+# --- the step ----------------------------------------------------------------------------------------------------
+
+
+def _stepping(sizes: Sizes) -> dict[str, Any]:
+    found = {}
+    for name, case in sizes.shapes.items():
+        # A process each: an engine stays as long as the process that made it.
+        compared, whole = in_child(_steps, sizes, case)
+        found |= {f"step, {name}, {case.pairs:,} pairs": compared, f"step, {name}, {sizes.pool:,} pairs": whole}
+    return found
+
+
+def _steps(sizes: Sizes, case: step.Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Beside the peer at a pool that it gets through; then alone at the published one."""
+    sides, device = step.Sides(case), torch.device(case.device)
+    little = step.texts(replace(case, pairs=64))
+    correctness = _loss_as_on_the_cpu(sides, little)
+    tokens = int(sides.batch.tokens.lengths.sum())
+    flops = 6 * _products(sides.plain)
+    found = alternate(
+        {f"ours, chunk={chunk}": _waited(sides.ours(chunk, None), device) for chunk in sizes.chunks[:-1]}
+        | {
+            f"peer, size={size}": _waited(_autocast(sides.peer(("mini_batch_size", size)), device), device)
+            for size in dict.fromkeys([step.DEFAULT[1], *sizes.batches[:2]])
+        },
+        sizes.repeats,
+    )
+    compared = _beside(found, tokens, flops * tokens, device) | {"correctness": correctness}
+    best = min(sizes.chunks[:-1], key=lambda chunk: found[f"ours, chunk={chunk}"].median)
+    return compared, _whole_pool(sides, replace(case, pairs=sizes.pool), best, flops, correctness)
+
+
+def _whole_pool(
+    sides: step.Sides, case: step.Case, chunk: int, flops: float, correctness: dict[str, float]
+) -> dict[str, Any]:
+    batch, device = step.texts(case), torch.device(case.device)
+    tokens = int(batch.tokens.lengths.sum())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    outcomes: list[Any] = []
+    take = sides.ours(chunk, None, batch)
+    (timing,) = alternate({"": _waited(lambda: outcomes.append(take()), device)}, 2).values()
+    last = outcomes[-1]
+    row = {
+        "variant": f"ours, chunk={chunk}",
+        "s": timing.median,
+        "tokens": tokens,
+        "tokens/s": round(tokens / timing.median),
+        "MFU": _mfu(flops * tokens / timing.median, device),
+        "loss, share": last.seconds.loss / timing.median,
+        "chunks kept": f"{last.kept} of {last.chunks}",
+        "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan,
+    }
+    return {"rows": [row], "correctness": correctness}
+
+
+def _loss_as_on_the_cpu(sides: step.Sides, batch: Any) -> dict[str, float]:
+    """The loss of the plain encoder in fp32 on the CPU, and that of the step as it is timed, without dropout."""
+    sides.train(False)
+    cpu = sides.plain.cpu().float()
+    vectors = encode(cpu, batch.tokens)
+    wanted = float(sides.objective(vectors, batch)[0])
+    got = float(sides.ours(4096, None, batch)(lr=0.0).figures["train/loss"])
+    sides.train(True)
+    if abs(got - wanted) > 0.02 * abs(wanted):
+        raise GateError(f"the loss is {got:.4f}, on the CPU in fp32 {wanted:.4f}")
+    return {"loss": got, "loss on the CPU, fp32": wanted}
+
+
+def _autocast(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """The peer's step as transformers' Trainer runs it with bf16=True."""
+
+    def run() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            work()
+
+    return run
+
+
+def _waited(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """Work that has ended on the device when the call returns."""
+
+    def run() -> None:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
