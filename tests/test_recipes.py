@@ -91,7 +91,7 @@ def load(recipe: str) -> Any:
     given = yaml.safe_load((CONFIGS / recipe).read_text())
     missing = [key.name for key in config.describe(config_class) if key.mandatory and key.name not in given]
     missing = [name for name in missing if name.partition(".")[0] not in given]
-    places = PLACES.get(Path(recipe).stem, []) if Path(recipe).parent.name in ("full", "best") else []
+    places = PLACES.get(Path(recipe).stem, []) if Path(recipe).parent.name in ("full", "best", "gpu") else []
     words = [*(f"{name}=given" for name in missing), *places]
     return config.load(config_class, [CONFIGS / recipe], words, fixed=stage.fixed)
 
