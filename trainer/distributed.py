@@ -20,8 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import QuintetError, UserError
+from trainer import watchdog
 
 Result = TypeVar("Result")
+
+START_SECONDS = 120.0  # for the ranks to find each other
+_store: dist.Store | None = None  # of the job's process group
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,19 @@ def place() -> Place:
     return here
 
 
-def start(device: torch.device, timeout_seconds: float, rendezvous: str = "") -> Place:
+def start(
+    device: torch.device, timeout_seconds: float, rendezvous: str = "", start_seconds: float = START_SECONDS
+) -> Place:
     """Join the process group of this job and return this process's place in it.
 
     Args:
         device: CUDA adds NCCL for its tensors; host tensors always travel over gloo.
         timeout_seconds: how long a collective may wait for a rank.
         rendezvous: an init method such as file:///path, for tests; the default is MASTER_ADDR and MASTER_PORT.
+        start_seconds: how long the ranks may take to find each other; then this process ends with code 124.
+
+    Raises:
+        UserError: the port is taken, or the address is none of this machine's.
     """
     here = place()
     for name, value in (("RANK", here.rank), ("WORLD_SIZE", here.world), ("LOCAL_RANK", here.local_rank)):
@@ -72,9 +82,37 @@ def start(device: torch.device, timeout_seconds: float, rendezvous: str = "") ->
         atexit.register(dist.destroy_process_group)  # NCCL complains of a group that is left to the end
         return here
     _complete_rendezvous()
-    init_method = rendezvous or "env://"
-    dist.init_process_group(backend, init_method=init_method, rank=here.rank, world_size=here.world, timeout=timeout)
+    with watchdog.within(start_seconds, _not_met(here)):
+        _meet(here, rendezvous or "env://", backend, timeout)
     return here
+
+
+def _not_met(here: Place) -> str:
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+    mend = "see whether all ranks were started, whether that is the address of rank 0's host, and whether a firewall"
+    return f"rank {here.rank} of {here.world} has not met the others at {where}; {mend} is in between; gave up"
+
+
+def _meet(here: Place, init_method: str, backend: str, timeout: timedelta) -> None:
+    global _store
+    try:
+        # What init_process_group does by itself; here the store is kept, for the watchdog.
+        _store, _, _ = next(dist.rendezvous(init_method, here.rank, here.world, timeout=timeout))
+    except dist.DistNetworkError as error:
+        if here.rank:
+            raise
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        reason = str(error).partition("[")[0].strip().splitlines()[0]
+        mend = "another job may use it: set MASTER_PORT to a free one, or end that job"
+        raise UserError(f"MASTER_ADDR={address} MASTER_PORT={port}: cannot be listened on ({reason}); {mend}") from None
+    _store.set_timeout(timeout)
+    group = dist.PrefixStore("default_pg", _store)
+    dist.init_process_group(backend, store=group, rank=here.rank, world_size=here.world, timeout=timeout)
+
+
+def store() -> dist.Store | None:
+    """The job's key-value store through a connection of its own, for another thread; None for a single rank."""
+    return _store.clone() if _store is not None and world() > 1 else None  # type: ignore[attr-defined]
 
 
 def _complete_rendezvous() -> None:

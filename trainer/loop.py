@@ -27,6 +27,7 @@ from trainer.monitor import Monitor, summary
 from trainer.preempt import StopRequest
 from trainer.schedule import learning_rate
 from trainer.train import Config
+from trainer.watchdog import SECTIONS, Watchdog
 
 log = logging.getLogger("quintet")
 
@@ -45,15 +46,19 @@ def fit(config: Config) -> None:
     """
     device = pick_device(config.device)
     with ExitStack() as stack:
-        stack.enter_context(work.job(device, 60 * config.timeout_minutes))
+        # A collective may wait a little longer than the watchdog, which says more.
+        longest = 60 * max(config.timeout_minutes, config.step_timeout_minutes)
+        stack.enter_context(work.job(device, longest + 60, 60 * config.start_timeout_minutes))
+        dog = stack.enter_context(_watchdog(config))
         stop = stack.enter_context(StopRequest(config.run_dir, rank=distributed.rank()))
         lease = runfolder.Lease(config.run_dir)
         distributed.on_first_rank(lambda: _take_lease(lease, config, stack))
         ending = stack.enter_context(_Ending(config))
         saved = _newest(config)
         parts = build(config, device, saved)
-        ending.run = run = _open(config, parts, saved, lease)
+        ending.run = run = _open(config, parts, saved, lease, dog)
         run.train(stop)
+        dog.at("export", run.step)
         distributed.on_first_rank(lambda: _export(config))
 
 
@@ -67,6 +72,7 @@ class Run:
     meter: Meter
     identity: runfolder.Run
     lease: runfolder.Lease  # held by rank 0
+    dog: Watchdog
     step: int = 0
     updates: int = 0
     bad_records: int = 0
@@ -89,6 +95,7 @@ class Run:
 
     def _next(self, batches: Iterator[tuple[int, Batch]], stop: StopRequest) -> Batch:
         """The next batch, unless some rank has to stop: all ranks learn of it here, before they meet in a step."""
+        self.dog.at("data", self.step)
         begin, batch, error = time.perf_counter(), None, None
         try:
             number, batch = next(batches)
@@ -125,6 +132,7 @@ class Run:
         assert targets is not None, "only a teacher's scores can be missing"
         begin = time.perf_counter()
         while True:
+            self.dog.at("data", self.step)
             waited = time.perf_counter() - begin
             late = waited > 60 * config.scores_wait_minutes
             stops, lacking, over = distributed.sums([float(stop.requested), float(len(batch.unscored)), float(late)])
@@ -153,8 +161,10 @@ class Run:
             distributed.end(DataError(f"{what}; the warnings above name the shards: mend them, or raise the limit"))
 
     def _train_on(self, batch: Batch) -> None:
+        self.dog.at("step", self.step)
         lr = learning_rate(self.step, self.config.steps, self.config.warmup_steps, self.config.lr)
         outcome = self.parts.stepper(batch, self.step, lr)
+        self.dog.allow("step", 60 * self.config.step_timeout_minutes)  # the first one may have compiled
         self.step += 1
         self.updates += outcome.applied
         self.skipped += not outcome.applied
@@ -198,6 +208,7 @@ class Run:
         return distributed.any_of(mine) if seconds > 0 else False
 
     def _evaluate(self) -> None:
+        self.dog.at("evaluate", self.step)
         values = self.parts.evaluate()
         if values:
             self.monitor.log(self.step, values)
@@ -207,6 +218,7 @@ class Run:
         """Write a checkpoint. One that fails is reported and the run goes on, unless it `must` be."""
         if self.skipped_in_a_row and not must:
             return  # a state that has begun to diverge is not published
+        self.dog.at("save", self.step)
         if not distributed.all_ok(not self.lease.lost):
             raise UserError(f"run_dir={self.config.run_dir}: another job has taken over this folder; stop one of them")
         begin, parts = time.monotonic(), self.parts
@@ -245,6 +257,13 @@ class Run:
         }
 
 
+def _watchdog(config: Config) -> Watchdog:
+    longest, step = 60 * config.timeout_minutes, 60 * config.step_timeout_minutes
+    limits = dict.fromkeys(SECTIONS, longest) | {"data": step}
+    rank, world = distributed.rank(), distributed.world()
+    return Watchdog(config.run_dir, limits, rank=rank, world=world, store=distributed.store())
+
+
 def _take_lease(lease: runfolder.Lease, config: Config, stack: ExitStack) -> None:
     runfolder.make_folder(config.run_dir)
     stack.enter_context(lease)
@@ -273,7 +292,7 @@ def _newest(config: Config) -> Checkpoint | None:
     return checkpoint.load(folder) if folder else None
 
 
-def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfolder.Lease) -> Run:
+def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfolder.Lease, dog: Watchdog) -> Run:
     """Write down what the run is made of, start its monitor, and restore its counters."""
     devices = [torch.cuda.get_device_name(parts.engine.device)] if parts.engine.device.type == "cuda" else []
 
@@ -305,7 +324,7 @@ def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfold
         rank=distributed.rank(),
     )
     meter = Meter(parts.engine.device, parts.flops_per_token)
-    run = Run(config, parts, monitor, meter, identity, lease, step)
+    run = Run(config, parts, monitor, meter, identity, lease, dog, step)
     if saved:
         run.updates, run.bad_records = saved.manifest["updates"], saved.manifest["bad_records"]
         run.skipped, run.unscored = saved.manifest["skipped"], saved.manifest.get("unscored", 0)

@@ -129,7 +129,9 @@ class Config:
     keep_every: int = key(0, help="also keep every checkpoint of a multiple of so many steps; 0: none", low=0)
     fresh: bool = key(False, help="start at step 0 even when there is a checkpoint")
     max_skipped_steps: int = key(10, help="non-finite steps in a row before the run stops", low=1)
-    timeout_minutes: float = key(30.0, help="longest wait of a collective", above=0)
+    start_timeout_minutes: float = key(2.0, help="longest wait for the ranks to find each other", above=0)
+    step_timeout_minutes: float = key(10.0, help="a rank that makes no step for so long is ended (124)", above=0)
+    timeout_minutes: float = key(30.0, help="the same for opening, saving, evaluating and the first step", above=0)
 
     log_every: int = key(10, help="steps between log lines", low=1)
     eval: EvalConfig = key(EvalConfig(), help="evaluation in training")

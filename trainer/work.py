@@ -42,11 +42,13 @@ _TIMEOUT_SECONDS = 14 * 24 * 3600.0
 
 
 @contextmanager
-def job(device: torch.device, timeout_seconds: float = _TIMEOUT_SECONDS) -> Iterator[None]:
-    """Join the other ranks of this job, if it has any, and leave them at the end."""
+def job(
+    device: torch.device, timeout_seconds: float = _TIMEOUT_SECONDS, start_seconds: float = distributed.START_SECONDS
+) -> Iterator[None]:
+    """Join the other ranks of this job, if it has any, and leave them at the end. Raises UserError."""
     if "LOCAL_RANK" in os.environ:
         die_with_parent()  # a launcher that is killed takes its ranks along
-    distributed.start(device, timeout_seconds)
+    distributed.start(device, timeout_seconds, start_seconds=start_seconds)
     try:
         yield
     finally:
