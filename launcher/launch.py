@@ -11,10 +11,14 @@ import glob
 import json
 import logging
 import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data.errors import EXIT_DONE, Stopped, UserError
 from launcher import local
@@ -25,13 +29,30 @@ log = logging.getLogger("quintet")
 PARALLEL = ("pretrain", "filter", "mine", "teacher", "distill", "finetune", "encode")
 _TRAINED = ("pretrain", "teacher", "finetune")
 
+
+class Job(Protocol):
+    """Ranks that have been started: local.Ranks or hosts.HostRanks."""
+
+    asked: bool
+
+    def signals(self) -> AbstractContextManager[None]: ...
+
+    def wait(self) -> int: ...
+
+
 HELP = """\
-A stage on several processes of this machine, restarted after a preemption, with an exit code that can be trusted.
+A stage on several processes, restarted after a preemption, with an exit code that can be trusted.
 
-Usage: quintet launch [--ranks N] [--restarts N] STAGE [--config FILE]... [key=value]...
+Usage: quintet launch [options] STAGE [--config FILE]... [key=value]...
 
-  --ranks N      processes; the number of GPUs, or 1 where there are none
-  --restarts N   how often a run that stopped with a checkpoint (exit code 75) is started again (20)
+On this machine:
+  --ranks N        processes; the number of GPUs, or 1 where there are none
+On several machines, over ssh:
+  --hostfile FILE  lines such as `worker-1 slots=8`; the first host runs rank 0
+With Slurm:
+  --slurm          submit slurm/STAGE.sh; --sbatch OPTION, as often as needed, goes to sbatch
+
+  --restarts N     how often a run that stopped with a checkpoint (exit code 75) is started again (20)
 
 Stages: {stages}
 
@@ -50,6 +71,10 @@ def main(words: Sequence[str], check: Any) -> int:
         UserError, ConfigError: the command line or the configuration is wrong; nothing was started.
     """
     options, rest = _parse(words)
+    if options.on_host:
+        from launcher import hosts
+
+        return hosts.on_host(options.on_host)
     if options.help or not rest:
         print(HELP.format(stages=", ".join(PARALLEL)))
         return EXIT_DONE
@@ -59,28 +84,62 @@ def main(words: Sequence[str], check: Any) -> int:
     config = check(stage, arguments)
     if config is None:
         return EXIT_DONE
-    ranks = options.ranks or _gpus() or 1
-    run_dir = Path(config.run_dir) if stage in _TRAINED else None
+    if options.slurm:
+        return _submit(stage, arguments, options.sbatch)
+    return _restarted(_starter(stage, arguments, options, config), stage, config, options.restarts)
+
+
+def _starter(stage: str, arguments: Sequence[str], options: argparse.Namespace, config: Any) -> Callable[[], Job]:
+    """What starts the job once."""
     command = [str(Path(sys.executable).with_name("quintet")), stage, *arguments]
-    for start in range(options.restarts + 1):
-        code, asked = _once(command, ranks, run_dir)
+    if options.hostfile:
+        from launcher import hosts
+
+        return partial(hosts.HostRanks, command, hosts.read_hostfile(options.hostfile), _shared_folder(config))
+    return partial(local.Ranks, command, options.ranks or _gpus() or 1, os.environ)
+
+
+def _shared_folder(config: Any) -> Path:
+    """A folder that every host of the job sees: where the stage leaves its work."""
+    if hasattr(config, "run_dir"):
+        return Path(config.run_dir)
+    return Path(config.scores) if hasattr(config, "scores") else Path(config.output).absolute().parent
+
+
+def _restarted(start: Callable[[], Job], stage: str, config: Any, restarts: int) -> int:
+    """Run a job, again and again while it stops with a checkpoint that nobody here has asked for."""
+    run_dir = Path(config.run_dir) if stage in _TRAINED else None
+    for number in range(restarts + 1):
+        code, asked = _once(start, run_dir)
         if code != Stopped.exit_code or asked:
             return code
-        if start < options.restarts:
-            log.info("launch: stopped with a checkpoint; restart %d of %d", start + 1, options.restarts)
-    log.error("launch: stopped with a checkpoint after %d restarts, the most that --restarts allows", options.restarts)
+        if number < restarts:
+            log.info("launch: stopped with a checkpoint; restart %d of %d", number + 1, restarts)
+    log.error("launch: stopped with a checkpoint after %d restarts, the most that --restarts allows", restarts)
     return code
 
 
-def _once(command: Sequence[str], ranks: int, run_dir: Path | None) -> tuple[int, bool]:
+def _once(start: Callable[[], Job], run_dir: Path | None) -> tuple[int, bool]:
     """Start the ranks and wait for them: the exit code, and whether a signal to this process has ended them."""
     before = _ending(run_dir)
-    job = local.Ranks(command, ranks, os.environ)
+    job = start()
     with job.signals():
         code = job.wait()
     if run_dir and code == EXIT_DONE:
         code = _verdict(before, _ending(run_dir), run_dir)
     return code, job.asked
+
+
+def _submit(stage: str, arguments: Sequence[str], options: Sequence[str]) -> int:
+    """Hand slurm/STAGE.sh to sbatch, with what slurm/site.env says, and return sbatch's exit code."""
+    script = Path("slurm") / f"{stage}.sh"
+    if not script.is_file():
+        raise UserError(f"--slurm: {script} is not here; start from the folder of the project")
+    if not shutil.which("sbatch"):
+        raise UserError("--slurm: sbatch is not on the PATH; log in to a node of the cluster that may submit jobs")
+    # site.env is bash, and the jobs read it as such
+    site = 'set -a; if [ -f slurm/site.env ]; then . slurm/site.env; fi; exec sbatch "$@"'
+    return subprocess.run(["bash", "-c", site, "sbatch", *options, str(script), *arguments]).returncode
 
 
 def _ending(run_dir: Path | None) -> dict[str, Any]:
@@ -113,7 +172,11 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="quintet launch", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--ranks", type=int)
+    parser.add_argument("--hostfile")
+    parser.add_argument("--slurm", action="store_true")
+    parser.add_argument("--sbatch", action="append", default=[])
     parser.add_argument("--restarts", type=int, default=20)
+    parser.add_argument("--on-host")  # for hosts.py alone
     parser.add_argument("stage", nargs=argparse.REMAINDER)
     try:
         options = parser.parse_args(list(words))
@@ -123,4 +186,10 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         value = getattr(options, name)
         if value is not None and value < (name == "ranks"):
             raise UserError(f"--{name} {value}: must be at least {int(name == 'ranks')}")
+    if sum([options.ranks is not None, options.hostfile is not None, options.slurm]) > 1:
+        raise UserError(
+            "--ranks, --hostfile, --slurm: choose one; a hostfile has its slots, Slurm its --sbatch options"
+        )
+    if options.sbatch and not options.slurm:
+        raise UserError(f"--sbatch {options.sbatch[0]}: goes with --slurm")
     return options, options.stage

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jobs
+import psutil
 import pytest
 
 TWO_HOSTS = Path(__file__).resolve().parent / "two_hosts.sh"
+STEPS = 120  # some seconds, in which a fault can come
+LONGER: dict[str, Any] = {"steps": STEPS, "save_every_steps": 20}
 SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"
 
 
@@ -46,19 +54,186 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         subprocess.run([TWO_HOSTS, "stop", folder], timeout=60, check=False)
 
 
-def test_plain_deepspeed_trains_over_a_hostfile_to_the_losses_of_one_host(hosts: Path) -> None:
-    """The hosts' own name leads to loopback, as Debian has it: the ranks must find the cable by themselves.
+@pytest.fixture(scope="module")
+def alone(hosts: Path) -> Path:
+    """The run of two ranks on one host, with which the others are compared."""
+    run_dir = hosts / "local"
+    assert jobs.run(jobs.command(2, jobs.settings(hosts, run_dir=run_dir, **LONGER)), hosts / "local.log") == 0
+    return run_dir
 
-    The launcher does not pass on OMP_NUM_THREADS, and other threads sum in another order.
-    """
-    local, apart = hosts / "local", hosts / "apart"
-    assert jobs.run(jobs.command(2, jobs.settings(hosts, run_dir=local)), hosts / "local.log") == 0
+
+def same_losses(run_dir: Path, other: Path) -> None:
+    """The launcher of deepspeed does not pass on OMP_NUM_THREADS, and other threads sum in another order."""
+    one, two = jobs.steps(other), jobs.steps(run_dir)
+    assert sorted(one) == sorted(two) == list(range(1, STEPS + 1))
+    for step in one:
+        assert two[step]["data/batch_hash"] == one[step]["data/batch_hash"]
+        assert two[step]["train/loss"] == pytest.approx(one[step]["train/loss"], rel=1e-5)
+
+
+def on_first(command: list[str]) -> list[str]:
+    return ["ip", "netns", "exec", "quintet1", *command]
+
+
+def launch(hosts: Path, **changes: object) -> list[str]:
+    words = jobs.settings(hosts, **LONGER | changes)
+    return on_first([jobs.QUINTET, "launch", "--hostfile", str(hosts / "hostfile"), "pretrain", *words])
+
+
+def ranks_there() -> dict[int, psutil.Process]:
+    """The ranks that run on the two hosts, by number."""
+    found = {}
+    for number in (1, 2):
+        pids = subprocess.run(["ip", "netns", "pids", f"quintet{number}"], capture_output=True, text=True, check=True)
+        for pid in pids.stdout.split():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(int(pid))
+                if "pretrain" in process.cmdline() and "launch" not in process.cmdline():
+                    found[int(process.environ()["RANK"])] = process
+    return found
+
+
+def nothing_left(seconds: float) -> bool:
+    """Whether no process but sshd runs on the hosts any more, in the end."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not ranks_there():
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def _on_both(program: str, *words: str) -> None:
+    for number in (1, 2):
+        subprocess.run([program, "-n", f"quintet{number}", *words], check=True)
+
+
+# What is done to the cable between the hosts, at both ends, and how it is undone.
+FAULTS = {
+    "cut": (("ip", "link", "set", "cable", "down"), ("ip", "link", "set", "cable", "up")),
+    "slowed": (
+        ("tc", *["qdisc", "add", "dev", "cable", "root", "tbf", "rate", "2kbit", "burst", "2kb", "latency", "9s"]),
+        ("tc", *["qdisc", "del", "dev", "cable", "root"]),
+    ),
+}
+
+
+def test_plain_deepspeed_trains_over_a_hostfile_to_the_losses_of_one_host(hosts: Path, alone: Path) -> None:
+    """The hosts' own name leads to loopback, as Debian has it: the ranks must find the cable by themselves."""
+    apart = hosts / "apart"
     first = ["--master_addr", "10.77.0.1", "--master_port", "29790", "--no_ssh_check"]
     launcher = [jobs.DEEPSPEED, "--hostfile", str(hosts / "hostfile"), *first, "--no_python", "--no_local_rank"]
-    command = [*launcher, jobs.QUINTET, "pretrain", *jobs.settings(hosts, run_dir=apart)]
-    assert jobs.run(["ip", "netns", "exec", "quintet1", *command], hosts / "apart.log", 120) == 0
-    one, other = jobs.steps(local), jobs.steps(apart)
-    assert sorted(one) == sorted(other) == list(range(1, 13))
-    for step in one:
-        assert other[step]["data/batch_hash"] == one[step]["data/batch_hash"]
-        assert other[step]["train/loss"] == pytest.approx(one[step]["train/loss"], rel=1e-5)
+    command = [*launcher, jobs.QUINTET, "pretrain", *jobs.settings(hosts, run_dir=apart, **LONGER)]
+    assert jobs.run(on_first(command), hosts / "apart.log", 120) == 0
+    same_losses(apart, alone)
+
+
+def test_launch_trains_over_a_hostfile_and_shows_no_secret(
+    hosts: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "canary" * 7)
+    run_dir = hosts / "launched"
+    job = jobs.start(launch(hosts, run_dir=run_dir), hosts / "launched.log")
+    try:
+        while job.poll() is None:
+            seen = "".join("".join(process.cmdline()) for process in _all_processes())
+            assert "canary" not in seen
+            assert "canary" not in "".join(file.read_text() for file in run_dir.glob(".launch-*/*.json"))
+            time.sleep(0.2)
+        assert job.wait() == 0, (hosts / "launched.log").read_text()
+    finally:
+        jobs.end(job)
+    same_losses(run_dir, alone)
+    assert not list(run_dir.glob(".launch-*"))
+
+
+def _all_processes() -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            process.cmdline()
+            yield process
+
+
+def test_a_launch_that_is_stopped_writes_a_checkpoint_on_both_hosts(hosts: Path) -> None:
+    run_dir = hosts / "stopped"
+    job = jobs.start(launch(hosts, run_dir=run_dir, steps=3000), hosts / "stopped.log")
+    try:
+        jobs.wait_for_step(job, run_dir, 3)
+        _quintet(job).send_signal(signal.SIGTERM)
+        assert job.wait(90) == 75, (hosts / "stopped.log").read_text()
+        assert nothing_left(20)
+    finally:
+        jobs.end(job)
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
+
+
+def _quintet(job: subprocess.Popen[bytes]) -> psutil.Process:
+    """The launcher itself: `ip netns exec` has become it."""
+    return psutil.Process(job.pid)
+
+
+def test_a_killed_launcher_leaves_no_rank_on_any_host(hosts: Path) -> None:
+    run_dir = hosts / "orphans"
+    job = jobs.start(launch(hosts, run_dir=run_dir, steps=3000), hosts / "orphans.log")
+    try:
+        jobs.wait_for_step(job, run_dir, 1)
+        assert sorted(ranks_there()) == [0, 1]
+        _quintet(job).kill()
+        job.wait()
+        assert nothing_left(60)
+    finally:
+        jobs.end(job)
+
+
+def test_a_rank_killed_on_the_second_host_ends_the_job(hosts: Path) -> None:
+    """With deepspeed alone the first host's ranks, and the command, stay for ever."""
+    run_dir = hosts / "killed"
+    job = jobs.start(launch(hosts, run_dir=run_dir, steps=3000), hosts / "killed.log")
+    try:
+        jobs.wait_for_step(job, run_dir, 2)
+        ranks_there()[1].kill()
+        assert job.wait(90) not in (0, 75)
+        assert nothing_left(20)
+    finally:
+        jobs.end(job)
+    assert "rank 1 was ended by SIGKILL" in (hosts / "killed.log").read_text()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_link_that_is_cut_or_slowed_ends_the_job_in_time_and_it_resumes(hosts: Path, alone: Path, fault: str) -> None:
+    run_dir, log = hosts / fault, hosts / f"{fault}.log"
+    command = launch(hosts, run_dir=run_dir, step_timeout_minutes=6 / 60)
+    job, (do, undo) = jobs.start(command, log), FAULTS[fault]
+    try:
+        jobs.wait_for_step(job, run_dir, 5)
+        _on_both(*do)
+        try:
+            assert job.wait(90) == 124, log.read_text()
+        finally:
+            _on_both(*undo)
+        assert nothing_left(20)
+    finally:
+        jobs.end(job)
+    said = log.read_text()
+    assert "quintet watchdog: rank 0 on" in said
+    assert "rank 1 on" in said.partition("no progress; ")[2]  # who is waited for
+    assert jobs.run(command, log, 120) == 0
+    same_losses(run_dir, alone)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "names no host"),
+        ("worker-1", "worker-1 slots=8"),
+        ("a slots=1\na slots=2\n", "stands there twice"),
+        ("$(touch canary) slots=1", "is no line of a hostfile"),
+    ],
+)
+def test_a_hostfile_with_a_mistake_is_refused(text: str, said: str, hosts: Path, tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text(text)
+    words = jobs.settings(hosts, run_dir=tmp_path / "run")
+    command = [jobs.QUINTET, "launch", "--hostfile", str(tmp_path / "hostfile"), "pretrain", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert said in done.stderr

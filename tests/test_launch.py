@@ -109,10 +109,11 @@ def test_a_killed_launcher_takes_its_ranks_along(folder: Path) -> None:
 def test_ranks_that_leave_with_0_and_no_word_of_it_are_not_believed(tmp_path: Path, capsys) -> None:
     """A training that crashed long ago left no exit.json; a false `quintet` stands for ranks that end too early."""
     launcher = """
-import sys
-from launcher import launch
+import os, sys
+from launcher import launch, local
 from pathlib import Path
-print(launch._once(["true"], 2, Path(sys.argv[1]))[0], launch._once(["true"], 2, None)[0])
+def start(): return local.Ranks(["true"], 2, os.environ)
+print(launch._once(start, Path(sys.argv[1]))[0], launch._once(start, None)[0])
 """
     done = subprocess.run(
         [sys.executable, "-c", launcher, tmp_path], capture_output=True, text=True, timeout=60, cwd=cli.__file__[:-16]
