@@ -140,6 +140,8 @@ def test_a_rank_that_hangs_after_another_failed_is_ended_and_does_not_hide_the_e
         (["--restarts", "-1", "pretrain"], "--restarts -1"),
         (["pretrain", "data=x", "learning_rate=1"], "learning_rate"),
         (["pretrian"], "pretrian: not a stage"),
+        (["--ranks", "2", "--hostfile", "hosts", "pretrain"], "choose one"),
+        (["--sbatch=--nodes=2", "pretrain"], "--sbatch --nodes=2: goes with --slurm"),
     ],
 )
 def test_mistakes_start_nothing(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,12 @@ class Slurm:
         log = f"--output={self.folder}/%j.out"
         return self.call("sbatch", "--parsable", *shape, log, *options, f"slurm/{script}.sh", *arguments)
 
+    def launch(self, stage: str, *arguments: str) -> str:
+        """The number of such a job on two nodes, submitted by `quintet launch --slurm`."""
+        shape = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
+        options = [f"--sbatch={option}" for option in (*shape, f"--output={self.folder}/%j.out")]
+        return self.call(jobs.QUINTET, "launch", "--slurm", *options, stage, *arguments)
+
     def log(self, job: str) -> str:
         file = self.folder / f"{job}.out"
         return file.read_text(errors="replace") if file.exists() else ""
@@ -119,7 +125,7 @@ def test_two_nodes_train_as_two_local_ranks_through_a_warning_a_requeue_and_the_
     slurm: Slurm, folder: Path, local: Path
 ) -> None:
     run_dir = folder / "interrupted"
-    job = slurm.submit("pretrain", *jobs.settings(folder, run_dir=run_dir, steps=STEPS), "zero_stage=1")
+    job = slurm.launch("pretrain", *jobs.settings(folder, run_dir=run_dir, steps=STEPS), "zero_stage=1")
 
     slurm.wait_for_step(job, run_dir, 4)
     slurm.call("scancel", "--signal=USR1", "--batch", job)  # as --signal=B:USR1@300 does before the end of the time
