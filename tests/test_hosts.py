@@ -17,6 +17,8 @@ from typing import Any
 import jobs
 import psutil
 import pytest
+import tiny
+from safetensors.torch import load_file
 
 TWO_HOSTS = Path(__file__).resolve().parent / "two_hosts.sh"
 STEPS = 120  # some seconds, in which a fault can come
@@ -197,6 +199,49 @@ def test_a_rank_killed_on_the_second_host_ends_the_job(hosts: Path) -> None:
     finally:
         jobs.end(job)
     assert "rank 1 was ended by SIGKILL" in (hosts / "killed.log").read_text()
+
+
+def test_the_wire_carries_two_embedding_collectives_and_the_gradient_once(hosts: Path) -> None:
+    """Bytes of the cable, whatever the number of chunks, beside the formula. Two ranks, ZeRO-0, no negatives.
+
+    A rank sends: its passages' embeddings (fp32) and the hashes of its texts, the gradients of the other's passages,
+    and the gradient of what is trained by a ring: 2 (W - 1) / W of it. Beside that go TCP's headers and
+    acknowledgements and the small sums of the loop.
+    """
+    pairs, size, begin, end = 128, 256, 3, 11
+    tiny.bert(hosts / "wider", hidden_size=size, intermediate_size=size)
+    tables = load_file(hosts / "wider" / "model.safetensors")
+    frozen = ("position_embeddings", "pooler")  # not trained, and not used
+    parameters = sum(table.numel() for name, table in tables.items() if not any(word in name for word in frozen))
+    sent: dict[int, float] = {}
+    for tokens in (128, 4096):  # many chunks and few
+        run_dir = hosts / f"wire-{tokens}"
+        changes = {"model.path": hosts / "wider", "batch_size": pairs, "tokens_per_chunk": tokens, "steps": 14}
+        job = jobs.start(
+            launch(hosts, run_dir=run_dir, zero_stage=0, save_every_steps=0, **changes), hosts / f"wire-{tokens}.log"
+        )
+        try:
+            counted = []
+            for step in (begin, end):
+                jobs.wait_for_step(job, run_dir, step)
+                counted.append((max(jobs.steps(run_dir)), _sent_by_first()))
+            assert job.wait(90) == 0
+        finally:
+            jobs.end(job)
+        (first, before), (last, after) = counted
+        sent[tokens] = (after - before) / (last - first)
+    embeddings, hashes, gradient = pairs / 2 * size * 4, pairs / 2 * 2 * 8, 2 * (2 - 1) / 2 * parameters * 4
+    wanted = 2 * embeddings + hashes + gradient
+    print(f"bytes a step and rank: {sent}, by the formula {wanted:,.0f}")
+    assert all(wanted < measured < 1.02 * wanted for measured in sent.values())
+
+
+def _sent_by_first() -> int:
+    """Bytes that the first host has put on the cable."""
+    shown = subprocess.run(
+        ["ip", "-n", "quintet1", "-s", "-j", "link", "show", "cable"], capture_output=True, text=True, check=True
+    )
+    return int(json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
