@@ -233,7 +233,7 @@ def test_the_wire_carries_two_embedding_collectives_and_the_gradient_once(hosts:
     embeddings, hashes, gradient = pairs / 2 * size * 4, pairs / 2 * 2 * 8, 2 * (2 - 1) / 2 * parameters * 4
     wanted = 2 * embeddings + hashes + gradient
     print(f"bytes a step and rank: {sent}, by the formula {wanted:,.0f}")
-    assert all(wanted < measured < 1.02 * wanted for measured in sent.values())
+    assert all(0.95 * wanted < measured < 1.1 * wanted for measured in sent.values())
 
 
 def _sent_by_first() -> int:
