@@ -12,7 +12,7 @@ import yaml
 
 from launcher import schema, values
 from launcher.schema import Key
-from launcher.values import BadValue
+from launcher.values import BadValue, compose
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,15 @@ class Sources:
 def _compose_file(path: Path) -> yaml.MappingNode:
     """The mapping a file holds; an empty file is an empty mapping. Raises BadValue, with the file and the line."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        root = compose(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise BadValue(f"{path}: no such file; check the path") from None
     except OSError as error:
         raise BadValue(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise BadValue(f"{path}: is no UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except BadValue as error:
+        raise BadValue(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)

@@ -17,6 +17,7 @@ import yaml
 from launcher.schema import members
 
 _TAG = "tag:yaml.org,2002:"
+_MOST_NODES = 1_000_000  # of a file, with what its aliases stand for: a list of shards may be long
 _BOOL, _INT, _NULL, _STR = (_TAG + name for name in ("bool", "int", "null", "str"))
 _PLAIN = (_BOOL, _INT, _NULL, _STR, *(_TAG + name for name in ("float", "timestamp", "value", "seq", "map")))
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
@@ -89,9 +90,32 @@ def node_of_value(value: Any, wanted: Any) -> yaml.Node:
     return node_of_text(value, wanted) if isinstance(value, str) else _compose(yaml.safe_dump(value))
 
 
+def compose(text: str) -> yaml.Node | None:
+    """The nodes of a YAML text; None for an empty one.
+
+    Raises:
+        yaml.YAMLError: it is none.
+        BadValue: it is nested too deeply, or aliases (`&a`, `*a`) stand for themselves or for more than one writes.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise BadValue("is nested too deeply; write it flatter") from None
+    waiting, count = [] if root is None else [root], 0
+    while waiting:
+        node, count = waiting.pop(), count + 1
+        if count > _MOST_NODES:
+            raise BadValue("has aliases that stand for themselves, or for too many values; write the values out")
+        if isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    return root
+
+
 def _compose(text: str) -> yaml.Node:
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = compose(text)
     except yaml.YAMLError as error:
         what = getattr(error, "problem", None) or "unreadable"
         raise BadValue(f"is no valid YAML ({what}); put text with special characters in quotes") from None
