@@ -34,8 +34,8 @@ def weights(run_dir: Path, step: int = STEPS) -> dict[str, Any]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def same_weights(first: Path, second: Path) -> bool:
-    a, b = weights(first), weights(second)
+def same_weights(first: Path, second: Path, step: int = STEPS) -> bool:
+    a, b = weights(first, step), weights(second, step)
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
