@@ -21,8 +21,8 @@ from launcher import local
 
 log = logging.getLogger("quintet")
 
-# Stages that share their work among ranks.
-PARALLEL = ("pretrain", "filter", "mine", "teacher", "distill", "finetune", "encode")
+# Commands that share their work among ranks, or look at them.
+PARALLEL = ("pretrain", "filter", "mine", "teacher", "distill", "finetune", "encode", "doctor")
 _TRAINED = ("pretrain", "teacher", "finetune")
 
 HELP = """\
@@ -59,7 +59,7 @@ def main(words: Sequence[str], check: Any) -> int:
     config = check(stage, arguments)
     if config is None:
         return EXIT_DONE
-    ranks = options.ranks or _gpus() or 1
+    ranks = options.ranks or gpus() or 1
     run_dir = Path(config.run_dir) if stage in _TRAINED else None
     command = [str(Path(sys.executable).with_name("quintet")), stage, *arguments]
     for start in range(options.restarts + 1):
@@ -101,7 +101,7 @@ def _verdict(before: dict[str, Any], after: dict[str, Any], run_dir: Path) -> in
     return 1
 
 
-def _gpus() -> int:
+def gpus() -> int:
     """The GPUs that a job may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
