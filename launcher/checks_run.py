@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from data.mixture import Source
 
 TRAINED = ("pretrain", "finetune", "teacher")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ROWS_OF_DAMAGE = 5
 _GIB = 2**30
 
@@ -126,27 +128,42 @@ def _unindexed(given: str | list[str]) -> list[str]:
 
 def model(stage: str, config: Any, opened: Opened) -> list[Row]:
     """Open the model and its tokenizer as the stage does, offline. `opened` gets the number of parameters."""
+    absent = [name for name in _models(stage, config) if _HUB_ID.fullmatch(name) and not _is_cached(name)]
+    if absent:
+        mend = f"hf download {absent[0]}, where there is a network; HF_HOME names the folder of the cache"
+        return [bad("model", f"{absent[0]}: no such folder, and not in the cache of the hub", mend)]
     if stage in TRAINED:
-        module, tokenizer = _trained(config, opened)
-        path = config.model.path
+        module = _trained(config, opened)
     elif stage == "distill":
         from trainer.crossencoder import open_teacher
 
-        teacher = open_teacher(config.teacher)
-        module, tokenizer, path = teacher.encoder, teacher.pairs, config.teacher
+        module = open_teacher(config.teacher).encoder
     else:
         import torch
 
         from trainer.embed import load_model
 
-        loaded = load_model(config.model, torch.device("cpu"))
-        module, tokenizer, path = loaded.encoder, loaded.tokenizer, config.model
-    opened.parameters = count = sum(parameter.numel() for parameter in module.parameters())
-    pieces = f", {len(tokenizer):,} pieces" if hasattr(tokenizer, "__len__") else ""
-    return [ok("model", f"{path}: {count:,} parameters{pieces}")]
+        module = load_model(config.model, torch.device("cpu")).encoder
+    opened.parameters = sum(parameter.numel() for parameter in module.parameters())
+    return [ok("model", f"{_models(stage, config)[0]}: {opened.parameters:,} parameters; its tokenizer opens, too")]
 
 
-def _trained(config: Any, opened: Opened) -> tuple[Any, Any]:
+def _models(stage: str, config: Any) -> list[str]:
+    """The folders and hub ids that a stage opens, its model first."""
+    if stage in TRAINED:
+        return [name for name in (config.model.path, config.tokenizer, config.loss.guide.path) if name]
+    return [config.teacher if stage == "distill" else config.model]
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a folder is there, or the hub's cache has something under that id."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    return os.path.exists(name) or any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+
+
+def _trained(config: Any, opened: Opened) -> Any:
     """What a run would train, with everything that it needs beside: scores of a teacher, a guide, held-out sets."""
     import torch
 
@@ -159,7 +176,7 @@ def _trained(config: Any, opened: Opened) -> tuple[Any, Any]:
     task = open_task(config, Mixture(opened.sources), tokenizer, config.model.path, torch.device("cpu"))
     if config.eval.data and not task.evaluate:
         sets.load(config.eval.data, limit=config.eval.limit)
-    return task.module, tokenizer
+    return task.module
 
 
 # --- what they need ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from data.errors import EXIT_DONE, UserError
 from launcher import checks_hosts, checks_machine, checks_ranks, checks_run, checks_slurm, launch
-from launcher.checks import BAD, WARN, Row, guarded
+from launcher.checks import BAD, OK, WARN, Row, guarded
 
 HELP = """\
 Are this machine, the cluster, a configuration and its data fit to run? Every red row says the mend.
@@ -176,5 +176,5 @@ def _show(rows: Sequence[Row], as_json: bool) -> None:
         console.print(Text.assemble((f"{label:<4}", style), f"  {name:<{width}}  {row['found']}"))
         if row["mend"]:
             console.print(Text(f"{'':{width + 8}}-> {row['mend']}"))
-    counts = {status: sum(row["status"] == status for row in plain) for status in (BAD, WARN)}
-    console.print(f"{len(plain)} checks: {counts[BAD]} bad, {counts[WARN]} to be warned of")
+    counts = [f"{sum(row['status'] == status for row in plain)} {status}" for status in (OK, WARN, BAD)]
+    console.print(f"{len(plain)} checks: {', '.join(counts)}")
