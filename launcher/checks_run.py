@@ -74,8 +74,11 @@ def data(config: Any, deep: bool, opened: Opened) -> list[Row]:
         found = f"{unindexed[0]}: no index.json, so nothing to compare with; the first run reads all of it to make one"
         return [warn("data", found, f"quintet pack --index input={unindexed[0]}")]
     # `skip`, whatever the configuration says: all damage is told, not the first alone
-    sources = mixture.load(config.data, policy="skip").sources
-    problems = [problem for source in sources for problem in verify(source.index, hashes=deep)]
+    try:
+        sources = mixture.load(config.data, policy="skip").sources
+        problems = [problem for source in sources for problem in verify(source.index, hashes=deep)]
+    except QuintetError as error:
+        return of_error("data", error, "give folders of shards, which `quintet pack` writes, or a mixture file")
     opened.sources = sources
     if problems:
         return _damage(problems, config.damaged == "skip")
@@ -190,8 +193,8 @@ def lanes(config: Any, ranks: int) -> list[Row]:
         return [
             bad("lanes", found, f"start one of {', '.join(map(str, fitting))} ranks, or change lanes and batch_size")
         ]
-    each = config.batch_size // ranks
-    return [ok("lanes", f"{config.lanes} on {ranks} ranks, {each:,} of {config.batch_size:,} pairs each")]
+    pairs = f"{config.batch_size // ranks:,} of {config.batch_size:,} pairs"
+    return [ok("lanes", f"{ranks} x {config.lanes // ranks} of {config.lanes} lanes, with {pairs}")]
 
 
 def device(config: Any, ranks_here: int, opened: Opened) -> list[Row]:

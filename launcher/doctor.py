@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ Exit code: 0, or 2 when a row is red (bad); warnings do not count.
 
 Example: quintet doctor pretrain --config configs/pretrain/small.yaml data=shards run_dir=runs/small"""
 
+log = logging.getLogger("quintet")
+
 FORMAT = "quintet-doctor-1"
 _LABELS = {BAD: ("BAD", "bold red"), WARN: ("warn", "yellow")}
 
@@ -59,6 +62,9 @@ def main(words: Sequence[str], stages: Mapping[str, Any]) -> int:
         rows, first = _examine(options, stages)
     if first:
         _show(rows, options.json)
+    for row in rows if not first else []:
+        if row.name == "ranks":  # there may be no first rank that could say it
+            log.error("doctor: %s; %s", row.found, row.mend)
     return _exit_code(rows)
 
 
@@ -130,7 +136,9 @@ def _examine(options: argparse.Namespace, stages: Mapping[str, Any]) -> tuple[li
 def _ranks(wanted: int | None, hosts: Mapping[str, int], world: int) -> tuple[int, int]:
     """Ranks of the job that is meant, and how many of them share a machine's memory, as far as can be known."""
     if world > 1:
-        return world, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+        said = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE"))
+        here = next(filter(None, (re.match(r"\d+", text) for text in said)), None)  # Slurm writes 8(x4)
+        return world, int(here[0]) if here else world
     if hosts:
         return wanted or sum(hosts.values()), max(hosts.values())
     ranks = wanted or launch.gpus() or 1
@@ -140,7 +148,8 @@ def _ranks(wanted: int | None, hosts: Mapping[str, int], world: int) -> tuple[in
 @contextlib.contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
     """Rows say what there is to say: no log beside them, and on stdout nothing that a library writes there."""
-    logging.getLogger("quintet").setLevel(logging.DEBUG if debug else logging.CRITICAL)
+    level = log.level
+    log.setLevel(logging.DEBUG if debug else logging.CRITICAL)
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
@@ -150,6 +159,7 @@ def _quiet(debug: bool) -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(stdout, 1)
         os.close(stdout)
+        log.setLevel(level)
 
 
 def _exit_code(rows: Sequence[Row]) -> int:

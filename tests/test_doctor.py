@@ -351,7 +351,9 @@ def test_shards_without_an_index_or_on_another_machine_are_not_read(
 def test_missing_shards_are_red(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = jobs.settings(folder, run_dir=tmp_path / "run", data=tmp_path / "nothing")
     code, rows = told(capsys, "pretrain", *words)
-    assert (code, one(rows["data"]).status) == (2, "bad")
+    row = one(rows["data"])
+    assert (code, row.status, str(tmp_path / "nothing") in row.found) == (2, "bad", True)
+    assert "folders of shards" in row.mend
 
 
 @pytest.mark.parametrize("path", ["no/such-model", "/no/such/folder"])
@@ -660,6 +662,33 @@ def test_a_rank_that_never_comes_is_said_with_the_place_of_meeting() -> None:
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
     assert f"bad not all 2 ranks were at 127.0.0.1:{port} within 3 s" in done.stdout, done.stderr
+
+
+def test_a_rank_that_finds_no_first_rank_says_so_itself() -> None:
+    program = (
+        "import sys; from launcher import checks_ranks, cli\n"
+        "checks_ranks.rows.__defaults__ = (3.0,)\n"
+        "sys.exit(cli.main(['doctor']))"
+    )
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    variables = {**jobs.environment(), **place, "MASTER_PORT": str(local.free_port())}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "[rank 1] doctor: not all 2 ranks were at" in done.stderr
+
+
+def test_a_rank_that_leaves_in_the_middle_is_a_red_row() -> None:
+    port = local.free_port()
+    program = (
+        "import os, torch; from trainer import distributed; distributed.start(torch.device('cpu'), 60); os._exit(1)"
+    )
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    leaving = subprocess.Popen([sys.executable, "-c", program], env={**jobs.environment(), **place})
+    codes, rows = outcome([rank(0, 2, port)])
+    leaving.wait(60)
+    assert codes == [2]
+    assert (rows["ranks"].status, "broke off" in rows["ranks"].found) == ("bad", True)
 
 
 def test_ranks_whose_port_is_taken_are_told_to_take_another() -> None:
