@@ -53,7 +53,7 @@ def rows(own: Sequence[Row], timeout_seconds: float = _TIMEOUT_SECONDS) -> list[
     try:
         distributed.start(device, timeout_seconds)
     except UserError as error:
-        return of_error("ranks", error)
+        return of_error("ranks", error, "start ranks by quintet launch, deepspeed, torchrun or slurm/stage.sh")
     except RuntimeError as error:
         return [_not_met(error, timeout_seconds)]
     try:

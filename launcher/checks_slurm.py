@@ -15,17 +15,19 @@ _TIMEOUT_SECONDS = 30.0
 _RESUMED = re.compile(r"^[^#\n]*\b(pretrain|finetune|teacher|filter|mine|distill)\b", re.MULTILINE)
 
 
-def rows(scripts: Sequence[str]) -> list[Row]:
-    """Check the scripts given; without any, those of ./slurm where sbatch is at hand."""
+def rows(scripts: Sequence[str], stage: str = "") -> list[Row]:
+    """Check the scripts given; without any, that of the stage in ./slurm, or all there, where sbatch is at hand."""
     if not scripts and not shutil.which("sbatch"):
         return []
-    ours = [str(path) for path in sorted(Path("slurm").glob("*.sh")) if _directives(path)]
+    ours = [str(path) for path in sorted(Path("slurm").glob(f"{stage or '*'}.sh")) if _directives(path)]
     found, answers = [], False
     if shutil.which("sbatch"):
         found = cluster_rows()
         answers = found[0].status == OK
     for script in scripts or ours:
-        found += script_rows(Path(script), ask=answers)
+        found += script_rows(Path(script))
+        if answers and Path(script).is_file():
+            found += submission(Path(script), named=bool(scripts))
     return found + site_rows(Path("slurm/site.env"))
 
 
@@ -43,12 +45,8 @@ def cluster_rows() -> list[Row]:
 _LOGIN = "try on a login node of the cluster; SLURM_CONF names its configuration where it lies elsewhere"
 
 
-def script_rows(script: Path, *, ask: bool) -> list[Row]:
-    """Whether sbatch would take a script, and whether its job survives its time limit.
-
-    Args:
-        ask: sbatch itself.
-    """
+def script_rows(script: Path) -> list[Row]:
+    """Whether bash can read a script, and whether the work of its job survives the time limit and a lost node."""
     name = script.name
     if not script.is_file():
         return [bad(name, f"{script}: no such file", "give the path of a batch script, as slurm/pretrain.sh")]
@@ -63,9 +61,7 @@ def script_rows(script: Path, *, ask: bool) -> list[Row]:
     if resumed and "requeue" not in directives:
         mend = "add #SBATCH --requeue; a run that is started again goes on"
         found.append(warn(name, "no --requeue: preemption or a lost node ends the job", mend))
-    if ask:
-        found += _submission(script)
-    return found or [ok(name, "sound")]
+    return found or [ok(name, f"bash can read it{', and its work survives a restart' if resumed else ''}")]
 
 
 def _directives(script: Path) -> set[str]:
@@ -74,8 +70,12 @@ def _directives(script: Path) -> set[str]:
     return set(re.findall(r"^#SBATCH\s+--([a-z-]+)", text, re.MULTILINE))
 
 
-def _submission(script: Path) -> list[Row]:
-    """What sbatch says of the script, without submitting it."""
+def submission(script: Path, *, named: bool) -> list[Row]:
+    """What sbatch says of the script, without submitting it.
+
+    Args:
+        named: by the user. Others may want options that only the user knows, so that a refusal is a warning.
+    """
     try:
         done = _run("sbatch", "--test-only", str(script))
     except subprocess.TimeoutExpired:
@@ -84,9 +84,9 @@ def _submission(script: Path) -> list[Row]:
         return []
     reason = _last_line(done.stderr)
     mend = (
-        "change the script's #SBATCH lines, or export SBATCH_ACCOUNT and SBATCH_PARTITION; `sinfo` lists what is there"
+        "change its #SBATCH lines, or submit it with other options: --account, --partition, --gpus-per-node; see sinfo"
     )
-    return [bad(script.name, f"sbatch --test-only: {reason}", mend)]
+    return [(bad if named else warn)(script.name, f"sbatch --test-only: {reason}", mend)]
 
 
 def site_rows(file: Path) -> list[Row]:

@@ -117,7 +117,7 @@ def _examine(options: argparse.Namespace, stages: Mapping[str, Any]) -> tuple[li
         return rows, False
     hosts = checks_hosts.slots(options.hostfile) if options.hostfile else {}
     rows += guarded("hosts", checks_hosts.rows, hosts)
-    rows += guarded("slurm", checks_slurm.rows, options.slurm)
+    rows += guarded("slurm", checks_slurm.rows, options.slurm, options.stage)
     config: Any = None
     if options.stage:
         stage = stages[options.stage]

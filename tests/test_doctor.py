@@ -527,17 +527,17 @@ GOOD = "#!/bin/bash\n#SBATCH --requeue\n#SBATCH --signal=B:USR1@300\nsrun quinte
 @pytest.mark.parametrize(
     ("text", "statuses", "said"),
     [
-        (GOOD, ["ok"], "sound"),
+        (GOOD, ["ok"], "bash can read it"),
         (GOOD.replace("--signal=B:USR1@300", "--nodes=1"), ["warn"], "--signal"),
         (GOOD.replace("#SBATCH --requeue\n", ""), ["warn"], "--requeue"),
         (GOOD + "if true; then\n", ["bad"], "syntax error"),
-        ("#!/bin/bash\nsrun quintet evaluate  # not pretrain\n", ["ok"], "sound"),
+        ("#!/bin/bash\nsrun quintet evaluate  # not pretrain\n", ["ok"], "bash can read it"),
     ],
 )
 def test_a_script_is_read_for_what_keeps_its_work(tmp_path: Path, text: str, statuses: list[str], said: str) -> None:
     script = tmp_path / "job.sh"
     script.write_text(text, encoding="utf-8")
-    rows = checks_slurm.script_rows(script, ask=False)
+    rows = checks_slurm.script_rows(script)
     assert [row.status for row in rows] == statuses
     assert said in rows[0].found
 
@@ -546,11 +546,11 @@ def test_our_own_scripts_are_sound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     scripts = [script for script in sorted(Path("slurm").glob("*.sh")) if checks_slurm._directives(script)]
     assert len(scripts) >= 7
-    assert {row.status for script in scripts for row in checks_slurm.script_rows(script, ask=False)} == {"ok"}
+    assert {row.status for script in scripts for row in checks_slurm.script_rows(script)} == {"ok"}
 
 
 def test_a_missing_script_and_a_broken_site_env_are_red(tmp_path: Path) -> None:
-    assert one(checks_slurm.script_rows(tmp_path / "none.sh", ask=False)).status == "bad"
+    assert one(checks_slurm.script_rows(tmp_path / "none.sh")).status == "bad"
     site = tmp_path / "site.env"
     assert checks_slurm.site_rows(site) == []
     site.write_text("export NCCL_SOCKET_IFNAME=ib0\n")
@@ -563,7 +563,7 @@ def test_a_missing_script_and_a_broken_site_env_are_red(tmp_path: Path) -> None:
     os.geteuid() != 0 or not all(shutil.which(name, path=SBIN) for name in ("slurmctld", "slurmd", "munged")),
     reason="needs slurm-wlm, munge and root",
 )
-def test_a_real_slurm_judges_a_script_that_asks_for_too_much(
+def test_a_real_slurm_judges_a_script_that_asks_for_too_much_and_joins_the_ranks_of_two_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster = ROOT / "tests" / "slurm_cluster.sh"
@@ -575,12 +575,21 @@ def test_a_real_slurm_judges_a_script_that_asks_for_too_much(
         subprocess.run([cluster, "start", tmp_path / "slurm"], check=True, capture_output=True, timeout=120)
         monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm" / "slurm.conf"))
         code, rows = told(capsys, "--slurm", str(fits), "--slurm", str(large))
+        assert one(checks_slurm.submission(large, named=False)).status == "warn"
+        shape = ["--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/job"]
+        command = ["sbatch", *shape, "slurm/stage.sh", "doctor"]
+        subprocess.run(command, cwd=ROOT, env=os.environ | jobs.environment(), check=True, timeout=60)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "job").exists() or " checks: " not in (tmp_path / "job").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
     finally:
         subprocess.run([cluster, "stop", tmp_path / "slurm"], capture_output=True, timeout=120, check=False)
     assert one(rows["slurm"]).status == "ok", rows
     assert one(rows["fits.sh"]).status == "ok", rows
-    row = one(rows["large.sh"])
+    row = rows["large.sh"][-1]
     assert (code, row.status, "sbatch --test-only" in row.found) == (2, "bad", True)
+    assert "gloo, 32 MiB over 2 ranks" in (tmp_path / "job").read_text()
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
