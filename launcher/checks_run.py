@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -45,6 +46,8 @@ def rows(stage: str, config: Any, *, ranks: int, ranks_here: int, deep: bool) ->
     found += guarded("model", model, stage, config, opened)
     if stage not in TRAINED:
         return found
+    if config.eval.data and stage != "teacher":  # whose sets are opened with its model
+        found += guarded("eval", held_out, config)
     found += guarded("lanes", lanes, config, ranks)
     if opened.parameters and opened.free:
         found += guarded("memory", memory, opened.parameters, config.zero_stage, ranks, opened.free)
@@ -122,8 +125,13 @@ def _elsewhere(given: str | list[str]) -> list[str]:
 
 
 def _unindexed(given: str | list[str]) -> list[str]:
-    folders = [Path(spec) for spec in _specs(given)]
-    return [str(folder) for folder in folders if any(folder.glob("*.tar")) and not (folder / "index.json").exists()]
+    """Folders with shards and no index, which opening them would write. Braces stand for anything here."""
+    from data import fetch
+    from data.index import INDEX_NAME
+
+    found = [path for spec in _specs(given) for path in glob.glob(re.sub(r"\{.*\}", "*", fetch.local_path(spec)))]
+    folders = sorted({Path(path) if os.path.isdir(path) else Path(path).parent for path in found})
+    return [str(folder) for folder in folders if any(folder.glob("*.tar")) and not (folder / INDEX_NAME).exists()]
 
 
 # --- model -------------------------------------------------------------------------------------------------------
@@ -167,19 +175,23 @@ def _is_cached(name: str) -> bool:
 
 
 def _trained(config: Any, opened: Opened) -> Any:
-    """What a run would train, with everything that it needs beside: scores of a teacher, a guide, held-out sets."""
+    """What a run would train, opened with what it needs beside: a guide, a teacher's scores; a teacher's own sets."""
     import torch
 
     from data.mixture import Mixture
     from data.tokens import load_tokenizer
-    from trainer import sets
     from trainer.tasks import open_task
 
     tokenizer = load_tokenizer(config.tokenizer or config.model.path)
-    task = open_task(config, Mixture(opened.sources), tokenizer, config.model.path, torch.device("cpu"))
-    if config.eval.data and not task.evaluate:
-        sets.load(config.eval.data, limit=config.eval.limit)
-    return task.module
+    return open_task(config, Mixture(opened.sources), tokenizer, config.model.path, torch.device("cpu")).module
+
+
+def held_out(config: Any) -> list[Row]:
+    """The sets that an encoder is evaluated on in training."""
+    from trainer import sets
+
+    found = sets.load(config.eval.data, limit=config.eval.limit)
+    return [ok("eval", ", ".join(f"{each.name}: {len(each.queries):,} queries" for each in found))]
 
 
 # --- what they need ----------------------------------------------------------------------------------------------

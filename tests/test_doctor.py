@@ -340,8 +340,9 @@ def test_shards_without_an_index_or_on_another_machine_are_not_read(
     words, shard = damaged
     index = shard.parent / "index.json"
     index.unlink()
-    row = one(told(capsys, "pretrain", *words)[1]["data"])
-    assert (row.status, "quintet pack --index" in row.mend) == ("warn", True)
+    for data in (shard.parent, shard, tmp_path / "sh*", f"{tmp_path}/{{shards,other}}", f"file:{shard.parent}"):
+        row = one(told(capsys, "pretrain", *words, f"data={data}")[1]["data"])
+        assert (row.status, "quintet pack --index" in row.mend) == ("warn", True), data
     assert not index.exists()
     (tmp_path / "mixture.yaml").write_text("sources: {far: {shards: 'https://example.org/shards'}}\n")
     row = one(told(capsys, "pretrain", *words, f"data={tmp_path / 'mixture.yaml'}")[1]["data"])
@@ -354,6 +355,17 @@ def test_missing_shards_are_red(folder: Path, tmp_path: Path, capsys: pytest.Cap
     row = one(rows["data"])
     assert (code, row.status, str(tmp_path / "nothing") in row.found) == (2, "bad", True)
     assert "folders of shards" in row.mend
+
+
+def test_a_held_out_set_that_is_not_there_is_red(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = jobs.settings(folder, run_dir=tmp_path / "run", **{"eval.data": tmp_path / "held-out.jsonl"})
+    code, rows = told(capsys, "pretrain", *words)
+    assert (code, one(rows["eval"]).status, one(rows["model"]).status) == (2, "bad", "ok")
+    (tmp_path / "held-out.jsonl").write_text('{"query": "a b", "passage": "c d"}\n')
+    code, rows = told(capsys, "pretrain", *words)
+    assert (code, one(rows["eval"]).found) == (0, "held-out: 1 queries")
 
 
 @pytest.mark.parametrize("path", ["no/such-model", "/no/such/folder"])
