@@ -126,8 +126,10 @@ def _dispatch(words: list[str]) -> int:
         return _run_stage(words[0], words[1:])
     if words and words[0] == "launch":
         return _launch(words[1:])
+    if words and words[0] == "doctor":
+        return _doctor(words[1:])
     if words and not words[0].startswith("-"):
-        near = difflib.get_close_matches(words[0], [*STAGES, "launch"], n=1)
+        near = difflib.get_close_matches(words[0], [*STAGES, "launch", "doctor"], n=1)
         hint = f"did you mean {near[0]}?" if near else "quintet --help lists the commands"
         _say(f"quintet: there is no command {words[0]}; {hint}")
         return UserError.exit_code
@@ -174,9 +176,23 @@ def _launch(words: list[str]) -> int:
         return error.exit_code
 
 
+def _doctor(words: list[str]) -> int:
+    """Check the machine, the cluster, a configuration and its data."""
+    from launcher import doctor
+
+    try:
+        return doctor.main(words, STAGES)
+    except QuintetError as error:
+        _say(_message("doctor", error))
+        return error.exit_code
+
+
 def _check(name: str, words: list[str]) -> Any:
     """The configuration of a stage, which is found wrong before any rank is started; None where only help was asked."""
-    from launcher import config
+    from launcher import config, doctor
+
+    if name == "doctor":
+        return doctor.parse(words)
 
     options, overrides = _parse(name, words)
     if options.help or options.print_config:
@@ -244,6 +260,7 @@ def _message(name: str, error: QuintetError) -> str:
 def _list_of_stages() -> str:
     lines = "\n".join(f"  {name:9} {stage.line}" for name, stage in STAGES.items())
     lines += "\n  launch    a stage on several processes, restarted after a preemption"
+    lines += "\n  doctor    is this machine, cluster, configuration and data fit to run? says what to mend"
     return f"""\
 Train text-embedding models from raw text pairs to an evaluated, exported model.
 

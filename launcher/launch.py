@@ -25,8 +25,8 @@ from launcher import local
 
 log = logging.getLogger("quintet")
 
-# Stages that share their work among ranks.
-PARALLEL = ("pretrain", "filter", "mine", "teacher", "distill", "finetune", "encode")
+# Commands that share their work among ranks, or look at them.
+PARALLEL = ("pretrain", "filter", "mine", "teacher", "distill", "finetune", "encode", "doctor")
 _TRAINED = ("pretrain", "teacher", "finetune")
 
 
@@ -96,14 +96,15 @@ def _starter(stage: str, arguments: Sequence[str], options: argparse.Namespace, 
         from launcher import hosts
 
         return partial(hosts.HostRanks, command, hosts.read_hostfile(options.hostfile), _shared_folder(config))
-    return partial(local.Ranks, command, options.ranks or _gpus() or 1, os.environ)
+    return partial(local.Ranks, command, options.ranks or gpus() or 1, os.environ)
 
 
 def _shared_folder(config: Any) -> Path:
-    """A folder that every host of the job sees: where the stage leaves its work."""
-    if hasattr(config, "run_dir"):
-        return Path(config.run_dir)
-    return Path(config.scores) if hasattr(config, "scores") else Path(config.output).absolute().parent
+    """A folder that every host of the job sees: where the stage leaves its work; this one where it leaves none."""
+    for name in ("run_dir", "scores"):
+        if hasattr(config, name):
+            return Path(getattr(config, name))
+    return Path(config.output).absolute().parent if hasattr(config, "output") else Path()
 
 
 def _restarted(start: Callable[[], Job], stage: str, config: Any, restarts: int) -> int:
@@ -160,7 +161,7 @@ def _verdict(before: dict[str, Any], after: dict[str, Any], run_dir: Path) -> in
     return 1
 
 
-def _gpus() -> int:
+def gpus() -> int:
     """The GPUs that a job may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -182,13 +182,18 @@ def _evaluate(config: Config, data: list[sets.RetrievalSet], embed: retrieval.En
     return values
 
 
+def state_bytes(parameters: int, zero_stage: int, world: int) -> float:
+    """Bytes of fp32 weights, gradients and AdamW's two moments that one of `world` ranks holds, about."""
+    return (16 if zero_stage == 0 else 8 + 8 / world) * parameters
+
+
 def describe(config: Config, parts: Parts) -> list[tuple[str, object]]:
     """The rows of the start-up summary."""
     engine, world = parts.engine, distributed.world()
     trained = sum(engine.parameters[name].numel() if engine.stage < 3 else 0 for name in engine.trained())
     shares = ", ".join(f"{name} {100 * share:.1f}%" for name, share in parts.order.shares.items())
     pool = config.batch_size
-    state = 16 * engine.count if config.zero_stage == 0 else (8 + 8 / world) * engine.count
+    state = state_bytes(engine.count, config.zero_stage, world)
     candidates = (1 + config.negatives) * pool
     texts = candidates if config.objective == "ranking" else candidates + pool
     rows: list[tuple[str, object]] = [

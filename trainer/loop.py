@@ -297,7 +297,7 @@ def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfold
     devices = [torch.cuda.get_device_name(parts.engine.device)] if parts.engine.device.type == "cuda" else []
 
     def prepare() -> tuple[str, int]:
-        checkpoint.space_needed(snapshot.size(parts.engine), config.run_dir)
+        checkpoint.space_needed(snapshot.size(parts.engine.count), config.run_dir)
         run = runfolder.prepare(
             config.run_dir,
             config_text=config.config_yaml,

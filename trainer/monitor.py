@@ -274,19 +274,23 @@ def _resolve_mode(mode: str) -> str:
         mode = os.environ.get("WANDB_MODE", mode)
     if mode == "offline":
         return mode
+    base_url, has_key = server()
+    if not has_key:
+        if mode == "online":
+            log.warning("wandb.mode=online: no key for %s; it goes on offline (`wandb login` sets one)", base_url)
+        return "offline"
+    if answers(base_url):
+        return "online"
+    log.warning("W&B at %s does not answer; it goes on offline", base_url)
+    return "offline"
+
+
+def server() -> tuple[str, bool]:
+    """The address of W&B's server, as W&B's own settings and variables say, and whether there is a key for it."""
     import wandb
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings
-    if not (settings.api_key or _has_key(settings.base_url)):
-        if mode == "online":
-            log.warning(
-                "wandb.mode=online: no key for %s; it goes on offline (`wandb login` sets one)", settings.base_url
-            )
-        return "offline"
-    if _answers(settings.base_url):
-        return "online"
-    log.warning("W&B at %s does not answer; it goes on offline", settings.base_url)
-    return "offline"
+    return settings.base_url, bool(settings.api_key) or _has_key(settings.base_url)
 
 
 def _has_key(base_url: str) -> bool:
@@ -299,7 +303,7 @@ def _has_key(base_url: str) -> bool:
         return False
 
 
-def _answers(base_url: str, timeout_seconds: float = 5.0) -> bool:
+def answers(base_url: str, timeout_seconds: float = 5.0) -> bool:
     """Whether something that speaks HTTP is there; any status will do."""
     try:
         urllib.request.urlopen(f"{base_url.rstrip('/')}/healthz", timeout=timeout_seconds).close()

@@ -47,9 +47,9 @@ def write(folder: Path, engine: Engine, tokenizer: Any, describe: Callable[[Path
     return [file for file in files if file.is_file()]
 
 
-def size(engine: Engine) -> int:
-    """Bytes of a checkpoint, about: fp32 weights and moments."""
-    return 4 * (1 + len(MOMENTS)) * sum(math.prod(shape) for shape in engine.shapes.values())
+def size(parameters: int) -> int:
+    """Bytes of a checkpoint of so many parameters, about: fp32 weights and moments."""
+    return 4 * (1 + len(MOMENTS)) * parameters
 
 
 def moments(folder: Path) -> Callable[[str, str], Tensor]:
