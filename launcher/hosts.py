@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data import files
 from data.errors import UserError
 from launcher import local
-from trainer import runfolder
 
 log = logging.getLogger("quintet")
 
@@ -98,7 +98,7 @@ class Board:
         self.folder = folder
 
     def write(self, name: str, value: Any) -> None:
-        runfolder.write_json(self.folder / name, value)
+        files.put(self.folder / name, lambda partial: partial.write_text(json.dumps(value), encoding="utf-8"))
 
     def read(self, name: str) -> dict[str, Any]:
         """What a file says; empty where it is not there."""

@@ -21,7 +21,6 @@ import jobs
 import psutil
 import pytest
 
-from data.errors import UserError
 from launcher import checks, checks_hosts, checks_machine, checks_ranks, checks_run, checks_slurm, cli, local
 from launcher.checks import Row
 
@@ -441,23 +440,6 @@ def test_other_stages_have_their_model_and_data_opened(
 
 
 # --- hosts -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "names no host"),
-        ("node1\n", "write HOST slots=N"),
-        ("node1 slots=0\n", "write HOST slots=N"),
-        ("-oProxyCommand=touch,x slots=1\n", "is no host"),
-        ("node1 slots=2\nnode1 slots=2\n", "stands twice"),
-    ],
-)
-def test_a_wrong_hostfile_is_refused_with_its_line(tmp_path: Path, text: str, said: str) -> None:
-    file = tmp_path / "hostfile"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=said):
-        checks_hosts.slots(str(file))
 
 
 @pytest.fixture

@@ -273,6 +273,8 @@ def test_a_link_that_is_cut_or_slowed_ends_the_job_in_time_and_it_resumes(hosts:
         ("worker-1", "worker-1 slots=8"),
         ("a slots=1\na slots=2\n", "stands there twice"),
         ("$(touch canary) slots=1", "is no line of a hostfile"),
+        ("-oProxyCommand=touch,x slots=1", "is no line of a hostfile"),
+        ("a slots=0", "is no line of a hostfile"),
     ],
 )
 def test_a_hostfile_with_a_mistake_is_refused(text: str, said: str, hosts: Path, tmp_path: Path) -> None:

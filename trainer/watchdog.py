@@ -20,13 +20,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import NoReturn, Protocol, Self
 
 from data.errors import WatchdogError
 from trainer import runfolder
 
-if TYPE_CHECKING:
-    from torch.distributed import Store
+
+class Store(Protocol):
+    """What is used of a job's key-value store (torch.distributed.Store)."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+
 
 STACKS = "stacks"  # the folder of the run folder
 _BEAT_SECONDS = 5.0
