@@ -369,6 +369,8 @@ def line(step: int, steps: int, row: Mapping[str, float]) -> str:
     parts += [f"{label}={write(row[name])}" for name, label, write in _SHOWN if name in row]
     if row.get("train/skipped_steps"):
         parts.append(f"skipped={row['train/skipped_steps']:.0f}")
+    if row.get("train/spikes"):
+        parts.append(f"spikes={row['train/spikes']:.0f}")
     evals = [f"{name}={value:.4f}" for name, value in row.items() if name.startswith("eval/")]
     while evals and len(" ".join(parts)) + len(evals[0]) < _LINE_BYTES:
         parts.append(evals.pop(0))
