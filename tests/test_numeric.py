@@ -499,7 +499,7 @@ def test_the_odd_rank_is_named_by_majority_and_without_one_all_are():
 
 
 def flip(parameter: torch.Tensor) -> None:
-    """Flip a bit high in the fraction of a weight, in place: a low one may be lost in the rounding of the next update."""
+    """Flip a bit high in the fraction of a weight, in place: the rounding of an update may lose a low one."""
     parameter.detach().reshape(-1)[:1].view(torch.int32).bitwise_xor_(torch.tensor(1 << 22, dtype=torch.int32))
 
 
