@@ -38,7 +38,7 @@ class DataError(QuintetError):
 
 
 class NumericError(QuintetError):
-    """Too many steps in a row with a non-finite loss or gradient."""
+    """Too many non-finite steps in a row, weights that are not finite or differ between ranks, a spike that stays."""
 
     exit_code = 4
 

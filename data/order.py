@@ -11,7 +11,7 @@ to make permutations: numpy may change what Generator.permutation returns from o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -302,6 +302,19 @@ class Order:
                 f"the order of data is not the one of the checkpoint: {'; '.join(changes)}; restore what changed, or "
                 "start again with fresh=true"
             )
+
+
+def batch_number(step: int, passed_over: Iterable[tuple[int, int]]) -> int:
+    """The number of the global batch that a step takes in a run that passes over ranges of batches, [first, stop).
+
+    Step n takes the n-th, counted from 0, of the batches that lie in no range; ranges may touch and overlap.
+    """
+    number, end = step, 0
+    for first, stop in sorted(passed_over):
+        start, end = max(first, end), max(stop, end)
+        if number >= start:
+            number += end - start
+    return number
 
 
 def apportion(weights: Sequence[float], total: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from data.collate import Batch, Collate, Part
 from data.errors import DataError
 from data.mixture import Mixture, Source
-from data.order import ROW_BITS, Order
+from data.order import ROW_BITS, Order, batch_number
 from data.reading import Block, Policy, cause, read_block
 
 log = logging.getLogger("quintet")
@@ -82,35 +82,40 @@ class Stream:
         """
         return self._prepare(step)[0]
 
-    def batches(self, start_step: int = 0) -> Generator[tuple[int, Batch], None, None]:
+    def batches(
+        self, start_step: int = 0, passed_over: Sequence[tuple[int, int]] = ()
+    ) -> Generator[tuple[int, Batch], None, None]:
         """(step, batch) for every step from `start_step`, for ever; an error is raised at its own step.
 
+        Step n takes batch n, or a later one where ranges of batches are passed over (`order.batch_number`).
         Here `bad` counts a bad record only the first time it comes. Closing the iterator stops the reading ahead.
         """
         known: set[int] = set()
-        with closing(self._ahead(start_step)) as ahead:
+        with closing(self._ahead(start_step, passed_over)) as ahead:
             for step, (batch, lost) in enumerate(ahead, start_step):
                 fresh = {record: why for record, why in lost.items() if record not in known}
                 known.update(fresh)
                 yield step, replace(batch, bad=dict(Counter(fresh.values())))
 
-    def _ahead(self, start_step: int) -> Generator[tuple[Batch, dict[int, str]], None, None]:
+    def _ahead(
+        self, start_step: int, passed_over: Sequence[tuple[int, int]]
+    ) -> Generator[tuple[Batch, dict[int, str]], None, None]:
         """What `_prepare` gives for every step, made by threads before it is asked for."""
-        steps = itertools.count(start_step)
+        numbers = (batch_number(step, passed_over) for step in itertools.count(start_step))
         if not self._read_ahead:
-            yield from map(self._prepare, steps)
+            yield from map(self._prepare, numbers)
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="quintet-read")
-        pending = deque(pool.submit(self._prepare, next(steps)) for _ in range(self._read_ahead))
+        pending = deque(pool.submit(self._prepare, next(numbers)) for _ in range(self._read_ahead))
         try:
             while True:
                 result = pending.popleft().result()
-                pending.append(pool.submit(self._prepare, next(steps)))
+                pending.append(pool.submit(self._prepare, next(numbers)))
                 yield result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, step: int) -> tuple[Batch, dict[int, str]]:
-        """The batch of a step, and the ids of the records it lost with the causes."""
+        """The batch of this number, and the ids of the records it lost with the causes."""
         ids = self._order.rank_batch(step, self._rank, self._world)
         lost = self._substitute(step, ids)
         epochs = self._order.rank_epochs(step, self._rank, self._world)

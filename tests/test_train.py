@@ -151,6 +151,27 @@ def test_too_many_non_finite_steps_end_with_code_4_and_publish_nothing(folder: P
             assert torch.isfinite(tensor).all(), f"{weights} {name}"
 
 
+def test_a_file_that_another_rank_is_still_writing_is_left_to_that_rank(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from trainer import snapshot
+
+    describe, write = snapshot._describe, snapshot.write
+
+    def described(model: Path, *parts: Any) -> None:
+        describe(model, *parts)
+        (model / ".tmpAbc").touch()  # the name under which safetensors writes
+
+    def written(staging: Path, **parts: Any) -> list[Path]:
+        files = write(staging, **parts)
+        (staging / "model/.tmpAbc").unlink()
+        return files
+
+    monkeypatch.setattr(snapshot, "_describe", described)
+    monkeypatch.setattr(snapshot, "write", written)
+    assert pretrain(folder, run_dir=tmp_path / "run", steps=4) == 0
+
+
 def bf16_engine(model: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What an engine gives, called bare; and the plain model's vectors under autocast and in fp32."""
     from trainer.encoder import Encoder, load_backbone

@@ -359,6 +359,25 @@ def newest(run_dir: str | Path, *, deep: bool = True) -> Checkpoint | None:
     return None
 
 
+def complete(run_dir: str | Path, *, deep: bool = False) -> list[Checkpoint]:
+    """The checkpoints of a run that `verify` finds nothing wrong with, newest first."""
+    return [
+        Checkpoint(folder, step, _read_manifest(folder))
+        for step, folder in _step_folders(run_dir)
+        if not verify(folder, deep=deep)
+    ]
+
+
+def discard(saved: Checkpoint) -> None:
+    """Delete a checkpoint that must not be resumed from. Raises UserError when it cannot be."""
+    try:
+        _remove(saved.folder)
+    except OSError as error:
+        raise UserError(
+            f"{saved.folder}: must not be used any more and cannot be deleted ({error}); delete it"
+        ) from None
+
+
 def newest_few(run_dir: str | Path, count: int) -> list[Checkpoint]:
     """The newest `count` complete checkpoints of a run, newest first. Raises UserError when there are fewer."""
     found: dict[int, Checkpoint] = {}

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the record of a run: one JSON object a logged step."""
+"""metrics.jsonl and incidents.jsonl, the records of a run: one JSON object a logged step, or an incident."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("quintet")
 
 
 class Journal:
-    """metrics.jsonl: append-only, a line an object, flushed at once; a half line left by a crash is cut off first.
+    """A file of JSON lines: append-only, an object each, flushed at once; a half line left by a crash is cut off first.
 
     Floats are written so that reading gives the same bits. JSON has no word for the others: they are the strings
     "NaN", "Infinity" and "-Infinity", which float() reads. When the disk is full, lines wait in memory for room.
@@ -26,7 +27,7 @@ class Journal:
         self._end = _whole_lines(self._descriptor)
         self._cut()
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         line = json.dumps({name: _jsonable(value) for name, value in row.items()}, allow_nan=False)
         self._waiting.append(line.encode() + b"\n")
         self._flush()
@@ -68,7 +69,9 @@ def _whole_lines(descriptor: int) -> int:
     return 0
 
 
-def _jsonable(value: float) -> float | str:
-    if math.isfinite(value):
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_jsonable(one) for one in value]
+    if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

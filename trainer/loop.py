@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 import torch
 
 from data.collate import Batch, score
-from data.errors import DataError, NumericError, QuintetError, Stopped, UserError
-from trainer import checkpoint, distributed, runfolder, snapshot, work
+from data.errors import DataError, QuintetError, Stopped, UserError
+from trainer import checkpoint, distributed, rollback, runfolder, snapshot, work
 from trainer.build import Parts, build, describe
 from trainer.checkpoint import Checkpoint, SaveError
 from trainer.device import pick_device
+from trainer.guard import Guard
 from trainer.meter import Meter
 from trainer.monitor import Monitor, summary
 from trainer.preempt import StopRequest
@@ -73,21 +74,22 @@ class Run:
     identity: runfolder.Run
     lease: runfolder.Lease  # held by rank 0
     dog: Watchdog
+    guard: Guard
     step: int = 0
     updates: int = 0
     bad_records: int = 0
     unscored: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
     failed_saves: int = 0
     saved_at: float = field(default_factory=time.monotonic)
 
     def train(self, stop: StopRequest) -> None:
         """Step to the end; save, evaluate and log on the way. Leaves a checkpoint of the last step."""
-        batches = self.parts.stream.batches(self.step)
+        batches = self.parts.stream.batches(self.step, self.guard.passed_over)
         while self.step < self.config.steps:
             self._train_on(self._next(batches, stop))
             last = self.step == self.config.steps
+            if self._due(self.config.check_weights_every):
+                self.guard.check_weights(self.step)
             if last or self._due(self.config.eval.every_steps):
                 self._evaluate()
             if last or self._due(self.config.save_every_steps) or self._time_to_save():
@@ -105,12 +107,14 @@ class Run:
         self.meter.waited += time.perf_counter() - begin
         bad, lacking = (sum(batch.bad.values()), len(batch.unscored)) if batch else (0, 0)
         code = error.exit_code if error else 0
-        mine = [float(stop.requested), float(bad), float(code), float(lacking)]
-        stops, bad_everywhere, failed, lacking_everywhere = distributed.sums(mine)
+        # The last step's loss rides along: it needs no collective of its own, and has long been computed.
+        mine = [float(stop.requested), float(bad), float(code), float(lacking), self.guard.last_loss()]
+        stops, bad_everywhere, failed, lacking_everywhere, loss = distributed.sums(mine)
         if failed:
             with distributed.together():  # all have learned of it: the first that met an error tells
                 if error is not None:
                     raise error
+        self.guard.judge(self.step, loss)
         self._count_bad(int(bad_everywhere))
         if stops:
             self._stop()
@@ -167,23 +171,11 @@ class Run:
         self.dog.allow("step", 60 * self.config.step_timeout_minutes)  # the first one may have compiled
         self.step += 1
         self.updates += outcome.applied
-        self.skipped += not outcome.applied
-        self.skipped_in_a_row = 0 if outcome.applied else self.skipped_in_a_row + 1
         self.meter.add(outcome, batch)
-        if not outcome.applied:
-            self._note_skip(batch)
+        self.guard.note(self.step, outcome, batch)
         if self._due(self.config.log_every) or self.step == self.config.steps:
             self.monitor.log(self.step, self._row(lr, outcome.grad_norm))
         self.monitor.tick(self.step)
-
-    def _note_skip(self, batch: Batch) -> None:
-        ids = ", ".join(map(str, batch.record_ids[:4].tolist()))
-        what = f"step {self.step}: loss or gradient is not finite, the update was left out (records {ids}, ...)"
-        self.monitor.alert("non-finite step", what)
-        if self.skipped_in_a_row >= self.config.max_skipped_steps:
-            what = f"{self.skipped_in_a_row} non-finite steps in a row, the last is {self.step}"
-            mend = "lower lr, raise temperature or warmup_steps, or look at the data"
-            distributed.end(NumericError(f"{what}; the newest checkpoint is from before them: {mend}"))
 
     def _row(self, lr: float, grad_norm: float) -> dict[str, float]:
         samples = self.step * self.config.batch_size
@@ -193,8 +185,8 @@ class Run:
             "train/logit_scale": 1 / self.config.temperature,
             "train/samples_seen": samples,
             "train/epoch": samples / self.parts.records,
-            "train/skipped_steps": self.skipped,
             "data/samples_bad": self.bad_records,
+            **self.guard.row(self.step),
             **({"data/samples_unscored": self.unscored} if self.parts.task.targets else {}),
         }
 
@@ -216,11 +208,12 @@ class Run:
 
     def _save(self, *, must: bool) -> None:
         """Write a checkpoint. One that fails is reported and the run goes on, unless it `must` be."""
-        if self.skipped_in_a_row and not must:
+        if self.guard.skipped_in_a_row and not must:
             return  # a state that has begun to diverge is not published
         self.dog.at("save", self.step)
         if not distributed.all_ok(not self.lease.lost):
             raise UserError(f"run_dir={self.config.run_dir}: another job has taken over this folder; stop one of them")
+        self.guard.before_save(self.step)
         begin, parts = time.monotonic(), self.parts
         write = partial(snapshot.write, engine=parts.engine, tokenizer=parts.tokenizer, describe=parts.task.describe)
         try:
@@ -247,8 +240,8 @@ class Run:
             "zero_stage": self.config.zero_stage,
             "updates": self.updates,
             "bad_records": self.bad_records,
-            "skipped": self.skipped,
             "unscored": self.unscored,
+            **self.guard.state(),
             "order": self.parts.order.state(),
             "task": self.parts.task.state,
             "config_hash": hashlib.sha256(self.config.config_yaml.encode()).hexdigest(),
@@ -281,6 +274,8 @@ def _newest(config: Config) -> Checkpoint | None:
 
     def find() -> str:
         checkpoint.clean(config.run_dir)
+        if not config.fresh:
+            rollback.carry_out(config.run_dir)
         found = None if config.fresh else checkpoint.newest(config.run_dir)
         if found and found.step > config.steps:
             raise UserError(
@@ -324,10 +319,13 @@ def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfold
         rank=distributed.rank(),
     )
     meter = Meter(parts.engine.device, parts.flops_per_token)
-    run = Run(config, parts, monitor, meter, identity, lease, dog, step)
+    rollbacks = distributed.on_first_rank(lambda: rollback.read(config.run_dir))
+    guard = Guard(config, parts.engine, parts.order, monitor, rollbacks)
+    run = Run(config, parts, monitor, meter, identity, lease, dog, guard, step)
     if saved:
         run.updates, run.bad_records = saved.manifest["updates"], saved.manifest["bad_records"]
-        run.skipped, run.unscored = saved.manifest["skipped"], saved.manifest.get("unscored", 0)
+        run.unscored = saved.manifest.get("unscored", 0)
+        guard.restore(saved.manifest)
     return run
 
 

@@ -55,6 +55,7 @@ METRICS: dict[str, Metric] = {
     "train/samples_seen": Metric("sample", "pairs trained on since step 0"),
     "train/epoch": Metric("1", "passes over the data, as a fraction"),
     "train/skipped_steps": Metric("step", "updates left out for a non-finite loss or gradient since the start"),
+    "train/spikes": Metric("1", "loss spikes since the start"),
     "perf/samples_per_s": Metric("sample/s", "pairs a second over all ranks"),
     "perf/samples_per_s_per_gpu": Metric("sample/s", "the same, by rank"),
     "perf/tokens_per_s": Metric("token/s", "tokens a second over all ranks, without padding"),
@@ -68,6 +69,7 @@ METRICS: dict[str, Metric] = {
     "perf/mem_gib": Metric("GiB", "peak memory of a rank"),
     "perf/eta_h": Metric("h", "time to the last step at the present rate"),
     "data/samples_bad": Metric("sample", "records left out as bad since the start"),
+    "data/batches_passed_over": Metric("1", "batches left out after loss spikes since the start"),
     "data/samples_unscored": Metric("sample", "pairs trained without scores that a teacher should have given"),
     "data/scored_frac": Metric("frac", "pairs with scores of the teacher for all their passages"),
     "data/padding_frac": Metric("frac", "share of padding among the tokens computed"),
@@ -371,6 +373,8 @@ def line(step: int, steps: int, row: Mapping[str, float]) -> str:
     parts += [f"{label}={write(row[name])}" for name, label, write in _SHOWN if name in row]
     if row.get("train/skipped_steps"):
         parts.append(f"skipped={row['train/skipped_steps']:.0f}")
+    if row.get("train/spikes"):
+        parts.append(f"spikes={row['train/spikes']:.0f}")
     evals = [f"{name}={value:.4f}" for name, value in row.items() if name.startswith("eval/")]
     while evals and len(" ".join(parts)) + len(evals[0]) < _LINE_BYTES:
         parts.append(evals.pop(0))

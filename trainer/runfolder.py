@@ -4,6 +4,8 @@ config.yaml        the configuration as the user wrote it, unresolved; config.at
 ds_config.json     what DeepSpeed was given
 environment.json   versions, machine, commit; no environment variables, no arguments
 run.json           the run's id, which W&B uses too, and how often it was started
+incidents.jsonl    non-finite steps, loss spikes and replicas that differ, with the records of their batches
+rollbacks.json     what loss spikes made the run go back to and pass over (trainer/rollback.py)
 exit.json          how the last start ended; absent while it runs and after a crash
 lease.json         which process works here now
 """
@@ -39,6 +41,7 @@ _PACKAGES = (
 # What belongs to one training run, as against the folder: set aside when a run starts over.
 _OF_A_RUN = (
     *("checkpoints", "model", "wandb", "metrics.jsonl", "results.json", "report.html", "run.json", "exit.json"),
+    *("incidents.jsonl", "rollbacks.json"),
     *("config.yaml", "ds_config.json", "environment.json"),
 )
 

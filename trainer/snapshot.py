@@ -43,7 +43,9 @@ def write(folder: Path, engine: Engine, tokenizer: Any, describe: Callable[[Path
     if rank == 0:
         _describe(folder / "model", engine, tokenizer, owners)
         describe(folder / "model")
-        files += [file for file in (folder / "model").iterdir() if file.suffix != ".safetensors"]
+        # Hidden is what another rank is just writing there: safetensors gives a file its name when it is whole.
+        found = (file for file in (folder / "model").iterdir() if not file.name.startswith("."))
+        files += [file for file in found if file.suffix != ".safetensors"]
     return [file for file in files if file.is_file()]
 
 

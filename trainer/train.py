@@ -72,6 +72,20 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    factor: float = key(
+        7.0, help="robust standard deviations above the median of recent losses that make a spike; 0: never look", low=0
+    )
+    window: int = key(100, help="recent losses of the same source that a loss is compared with", low=10)
+    action: str = key(
+        "warn",
+        help="rollback: end with code 75; the next start goes back and passes over the batches around the spike",
+        choices=("warn", "rollback"),
+    )
+    skip_steps: int = key(200, help="rollback: batches passed over, half of them before the spike", low=2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     run_dir: str = key(help="folder of the run; a run that is there goes on")
     data: str | list[str] = key(help="shard folders, globs, or a mixture file")
@@ -129,6 +143,10 @@ class Config:
     keep_every: int = key(0, help="also keep every checkpoint of a multiple of so many steps; 0: none", low=0)
     fresh: bool = key(False, help="start at step 0 even when there is a checkpoint")
     max_skipped_steps: int = key(10, help="non-finite steps in a row before the run stops", low=1)
+    spike: SpikeConfig = key(SpikeConfig(), help="losses far above those before them")
+    check_weights_every: int = key(
+        100, help="steps between comparisons of the ranks' weights (ZeRO 0-2), also made at every save; 0: never", low=0
+    )
     start_timeout_minutes: float = key(2.0, help="longest wait for the ranks to find each other", above=0)
     step_timeout_minutes: float = key(10.0, help="a rank that makes no step for so long is ended (124)", above=0)
     timeout_minutes: float = key(30.0, help="the same for opening, saving, evaluating and the first step", above=0)
@@ -158,6 +176,8 @@ class Config:
             problems.append(
                 f"model.hidden_size={self.model.hidden_size}: not a multiple of model.heads={self.model.heads}"
             )
+        if self.spike.action == "rollback" and not self.spike.factor:
+            problems.append("spike.action=rollback: spike.factor=0 finds no spike; give a factor, or action=warn")
         return problems + _objective_problems(self) + _loss_problems(self.loss)
 
 
