@@ -129,7 +129,7 @@ def test_a_stopped_rank_is_named_and_the_job_resumes_to_the_same_losses(folder: 
     assert f"rank {other} on" in line
     assert named in line
     assert "of step" in line
-    assert "forward" in (run_dir / "stacks" / f"rank-{other}.txt").read_text()
+    assert "trainer/loop.py" in (run_dir / "stacks" / f"rank-{other}.txt").read_text()
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 124
     assert jobs.run(command, log) == 0
     assert trajectory(run_dir) == trajectory(steady)

@@ -107,6 +107,7 @@ class Run:
         self.meter.waited += time.perf_counter() - begin
         bad, lacking = (sum(batch.bad.values()), len(batch.unscored)) if batch else (0, 0)
         code = error.exit_code if error else 0
+        self.dog.at("meet", self.step)
         # The last step's loss rides along: it needs no collective of its own, and has long been computed.
         mine = [float(stop.requested), float(bad), float(code), float(lacking), self.guard.last_loss()]
         stops, bad_everywhere, failed, lacking_everywhere, loss = distributed.sums(mine)
@@ -252,7 +253,7 @@ class Run:
 
 def _watchdog(config: Config) -> Watchdog:
     longest, step = 60 * config.timeout_minutes, 60 * config.step_timeout_minutes
-    limits = dict.fromkeys(SECTIONS, longest) | {"data": step}
+    limits = dict.fromkeys(SECTIONS, longest) | {"data": step, "meet": step}
     rank, world = distributed.rank(), distributed.world()
     return Watchdog(config.run_dir, limits, rank=rank, world=world, store=distributed.store())
 
