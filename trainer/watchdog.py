@@ -40,8 +40,8 @@ STACKS = "stacks"  # the folder of the run folder
 _BEAT_SECONDS = 5.0
 _SILENT_BEATS = 3  # a rank that has missed so many is taken for stopped
 _FIRED = "watchdog/fired"
-# What a rank does in a step, in this order (in "meet" it waits for the others' batches); of two ranks in the same step the
-# one in the earlier section is behind.
+# What a rank does in a step, in this order; in "meet" it waits for the batches of the others. Of two ranks in the same
+# step the one in the earlier section is behind.
 SECTIONS = ("open", "data", "meet", "step", "evaluate", "save", "export")
 
 
