@@ -129,6 +129,21 @@ def test_world_size_and_stage_may_change_between_starts(folder: Path):
         assert other[step]["train/loss"] == pytest.approx(one[step]["train/loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("stage", "workers"), [(2, 1), (3, 2)])
+def test_every_stage_resumes_bit_for_bit_whatever_threads_read_the_data(folder: Path, stage: int, workers: int):
+    """Stage 1 is what the other tests run."""
+    steady, stopped = folder / f"steady-{stage}", folder / f"resumed-{stage}"
+    changes = {"zero_stage": stage, "steps": 30, "tokens_per_chunk": 64}
+    words = jobs.settings(folder, run_dir=steady, data_workers=1, **changes)
+    assert jobs.run(jobs.command(2, words), folder / f"steady-{stage}.log") == 0
+    command = jobs.command(2, jobs.settings(folder, run_dir=stopped, data_workers=workers, **changes))
+    stop_after(folder, f"stopped-{stage}", command, stopped, 8)
+    assert jobs.run(command, folder / f"resumed-{stage}.log") == 0
+    assert sorted(attempts(stopped)) == [1, 2]
+    assert trajectory(stopped) == trajectory(steady)
+    assert same_weights(stopped, steady, 30)
+
+
 def stop_after(folder: Path, name: str, arguments: list[str], run_dir: Path, step: int) -> None:
     """Start a job, ask it to stop once it has logged a step, and see it leave with a checkpoint."""
     job = jobs.start(arguments, folder / f"{name}.log")

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from data.errors import UserError
 from launcher import cli
+from trainer import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,37 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder: Path, tm
     assert "moments-00000.safetensors" in capsys.readouterr().err
     repeated = [row["train/step"] for row in jobs.metrics(run_dir) if row["run/attempt"] == 2 and "train/loss" in row]
     assert repeated == [4, 5, 6]
+
+
+@pytest.mark.parametrize("part", ["optimizer", "model"])
+def test_a_pickle_in_a_checkpoint_that_is_vouched_for_is_not_opened(
+    folder: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+):
+    """Whoever can write a checkpoint can make its hashes right; the files must still be safe to open."""
+    run_dir, canary = tmp_path / "run", tmp_path / "canary"
+    assert pretrain(folder, run_dir=run_dir, steps=5) == 0
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (canary.touch, ())
+
+    saved = run_dir / "checkpoints" / "step-00000005"
+    for file in (saved / part).glob("*.safetensors"):
+        file.write_bytes(pickle.dumps(Evil()))
+        file.with_suffix(".bin").write_bytes(pickle.dumps(Evil()))
+        file.with_suffix(".pt").write_bytes(pickle.dumps(Evil()))
+    manifest = json.loads((saved / "done.json").read_text())
+    manifest.pop("digest", None)
+    for name in manifest["files"]:
+        manifest["files"][name] = checkpoint._seal_file(saved / name)
+    checkpoint._write_manifest(saved, manifest)
+    assert checkpoint.verify(saved) == [], "the test must get past the hashes"
+    capsys.readouterr()
+    assert pretrain(folder, run_dir=run_dir, steps=8) == 2
+    said = capsys.readouterr().err
+    assert "step-00000005" in said
+    assert "Traceback" not in said
+    assert not canary.exists()
 
 
 def test_too_many_non_finite_steps_end_with_code_4_and_publish_nothing(folder: Path, tmp_path: Path, capsys):

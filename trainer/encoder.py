@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -278,7 +279,7 @@ def load_weights(kind: Any, path: str, *, key: str = "model.path", **changes: An
     options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **changes}
     try:
         model, report = _load_quietly(kind, path, options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{key}={path}: cannot be opened: {reason}; give a model folder or a hub id") from None
     return model, sorted(report["missing_keys"])

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.errors import UserError
 from trainer import distributed
 from trainer.engine import MOMENTS, Engine
 
@@ -55,8 +56,16 @@ def size(parameters: int) -> int:
 
 
 def moments(folder: Path) -> Callable[[str, str], Tensor]:
-    """Open a checkpoint's optimizer state: (parameter name, moment) -> the whole tensor, read when asked for."""
-    files = [safe_open(file, "pt") for file in sorted((folder / "optimizer").glob("*.safetensors"))]
+    """Open a checkpoint's optimizer state: (parameter name, moment) -> the whole tensor, read when asked for.
+
+    Raises:
+        UserError: a file is none of safetensors, though the manifest vouches for it.
+    """
+    try:
+        files = [safe_open(file, "pt") for file in sorted((folder / "optimizer").glob("*.safetensors"))]
+    except SafetensorError as error:
+        mend = "remove this checkpoint, and the run goes on from the one before it"
+        raise UserError(f"{folder / 'optimizer'}: cannot be opened: {error}; {mend}") from None
     place = {key: file for file in files for key in list(file.keys())}
 
     def read(name: str, key: str) -> Tensor:
