@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from data.errors import UserError
 from data.tokens import TextEncoder
 from trainer import gradcache
+from trainer.device import training_chunk_tokens
 from trainer.encoder import (
     Encoder,
     ModelSettings,
@@ -181,3 +182,10 @@ def test_gradients_in_bf16_are_those_in_fp32_up_to_its_rounding(tmp_path: Path):
         gradients.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters() if p.grad is not None]))
     exact, rounded = gradients
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.999
+
+
+@pytest.mark.parametrize(("layers", "hidden", "tokens"), [(12, 384, 32_768), (12, 768, 16_384), (24, 1024, 6_144)])
+def test_a_training_chunk_on_a_gpu_has_the_same_activations_whatever_the_model(layers: int, hidden: int, tokens: int):
+    assert training_chunk_tokens(None, "cuda", layers, hidden) == tokens
+    assert training_chunk_tokens(100, "cuda", layers, hidden) == 100
+    assert training_chunk_tokens(None, "cpu", layers, hidden) == 2048

@@ -16,7 +16,7 @@ from data.stream import Stream
 from data.tokens import TextEncoder, load_tokenizer
 from trainer import distributed, retrieval, sets, snapshot
 from trainer.checkpoint import Checkpoint
-from trainer.device import chunk_tokens
+from trainer.device import training_chunk_tokens
 from trainer.embed import encode
 from trainer.encoder import Encoder
 from trainer.engine import Engine, OptimizerSettings
@@ -116,13 +116,15 @@ def _engine(config: Config, module: torch.nn.Module, device: torch.device) -> En
 
 def _stepper(config: Config, engine: Engine, task: Task, tokenizer: Any) -> Stepper:
     module = engine.module
+    sizes: Any = module.backbone.config  # type: ignore[union-attr]
+    chunk = training_chunk_tokens(config.tokens_per_chunk, engine.device, sizes.num_hidden_layers, sizes.hidden_size)
     packed = isinstance(module, Encoder) and _packed(config, module, engine.device)
     return Stepper(
         engine,
         task.objective,
         seed=config.seed,
         padding_id=tokenizer.pad_token_id,
-        tokens_per_chunk=chunk_tokens(config.tokens_per_chunk, engine.device, training=True),
+        tokens_per_chunk=chunk,
         memory_budget=None if config.memory_budget_gib is None else config.memory_budget_gib * 2**30,
         packed=packed,
         share_words=not config.model.compile,

@@ -122,7 +122,7 @@ class Config:
     precision: str = key("fp32", help="of the encoder's matrix products: fp32, or bf16 by autocast")
     tf32: bool = key(True, help="allow TF32 in fp32 matrix products of the encoder (CUDA)")
     tokens_per_chunk: int | None = key(
-        None, help="padded tokens of one forward pass; null: 16384 on a GPU, 2048 on a CPU", low=1
+        None, help="padded tokens of one forward pass; null: 10 GiB of activations on a GPU, 2048 on a CPU", low=1
     )
     memory_budget_gib: float | None = key(
         None, help="activations kept between the passes, by rank, in GiB; null: half of what is free", low=0
