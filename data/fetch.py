@@ -20,12 +20,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from data.errors import DataError, QuintetError, UserError
 
 log = logging.getLogger("quintet")
+
+Result = TypeVar("Result")
 
 LOCAL = ("", "file")
 WEB = ("http", "https")
@@ -107,7 +109,7 @@ def fetch(location: str, target: Path, *, size: int | None = None, sha256: str |
     with locked(target):
         if target.exists() and (size is None or target.stat().st_size == size):
             return
-        _with_retries(location, lambda: _copy(location, target, size, sha256))
+        with_retries(location, lambda: _copy(location, target, size, sha256))
 
 
 def read(location: str, limit: int) -> bytes:
@@ -122,7 +124,7 @@ def read(location: str, limit: int) -> bytes:
                 if len(found) > limit:
                     raise DataError(f"{location}: larger than {limit} bytes, which is too large for an index")
 
-    _with_retries(location, copy)
+    with_retries(location, copy)
     return bytes(found)
 
 
@@ -137,7 +139,13 @@ def locked(target: Path) -> Iterator[None]:
         yield
 
 
-def _with_retries(location: str, attempt: Callable[[], None]) -> None:
+def with_retries(location: str, attempt: Callable[[], Result]) -> Result:
+    """What `attempt` returns, tried again after a growing pause when it fails.
+
+    Raises:
+        QuintetError, Missing: from the attempt itself, at once.
+        DataError: every attempt failed; the text has the last reason.
+    """
     wait = FIRST_WAIT_SECONDS
     for number in range(1, ATTEMPTS + 1):
         try:
@@ -151,7 +159,7 @@ def _with_retries(location: str, attempt: Callable[[], None]) -> None:
             log.warning("%s: %s; trying again in %.0f s (%d of %d)", location, reason, wait, number, ATTEMPTS)
             time.sleep(wait)
             wait *= 2
-    return None
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _copy(location: str, target: Path, size: int | None, sha256: str | None) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from data.rules import Prompts
 from data.settings import key, unresolved
 from trainer.monitor import WandbConfig
+from trainer.remote import problems as mirror_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,10 @@ class Config:
     keep_last: int = key(2, help="newest checkpoints to keep", low=1)
     keep_every: int = key(0, help="also keep every checkpoint of a multiple of so many steps; 0: none", low=0)
     fresh: bool = key(False, help="start at step 0 even when there is a checkpoint")
+    mirror: str = key(
+        "",
+        help="folder in object storage (s3://bucket/run) for copies of the run; an empty run_dir is filled from it",
+    )
     max_skipped_steps: int = key(10, help="non-finite steps in a row before the run stops", low=1)
     timeout_minutes: float = key(30.0, help="longest wait of a collective", above=0)
 
@@ -156,7 +161,7 @@ class Config:
             problems.append(
                 f"model.hidden_size={self.model.hidden_size}: not a multiple of model.heads={self.model.heads}"
             )
-        return problems + _objective_problems(self) + _loss_problems(self.loss)
+        return problems + mirror_problems(self.mirror) + _objective_problems(self) + _loss_problems(self.loss)
 
 
 def _objective_problems(config: Config) -> list[str]:
