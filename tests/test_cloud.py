@@ -12,6 +12,11 @@ from pathlib import Path
 import jobs
 import pytest
 from test_resume import same_weights, trajectory
+from test_spot import Service, service
+
+from trainer import checkpoint
+
+__all__ = ["service"]  # a fixture
 
 STEPS = 60  # far more than a job gets done between the look at its mirror and the kill, on any machine
 
@@ -62,6 +67,31 @@ def test_a_killed_run_whose_folder_is_gone_goes_on_bit_for_bit_from_its_mirror(f
     assert (there / "metrics.jsonl").read_bytes() == (run_dir / "metrics.jsonl").read_bytes()
     (model,) = (there / "model").glob("*.safetensors")
     assert model.read_bytes() == (run_dir / "model" / model.name).read_bytes()
+
+
+# --- a machine that is taken back -------------------------------------------------------------------------------------
+
+
+def test_a_spot_notice_stops_all_ranks_with_75_once_the_mirror_has_the_checkpoint(
+    folder: Path, service: type[Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, store = folder / "taken", folder / "of taken"
+    changes = {"steps": 2000, "mirror": f"file://{store}", "preemption": "aws", "save_every_steps": 0}
+    job = jobs.start(jobs.command(2, jobs.settings(folder, run_dir=run_dir, **changes)), folder / "taken.log")
+    try:
+        jobs.wait_for_step(job, run_dir, 3)
+        service.taken = True
+        code = job.wait(120)
+    finally:
+        jobs.end(job)
+    said = (folder / "taken.log").read_text()
+    print(said[-3000:])
+    assert code == 75
+    assert said.count("preemption=aws: the cloud takes this machine back") == 1, "one rank of a host asks"
+    stopped_at = max(jobs.steps(run_dir))
+    assert [path.name for path in (mirror_of(store) / "checkpoints").iterdir()] == [f"step-{stopped_at:08d}"]
+    assert checkpoint.verify(mirror_of(store) / "checkpoints" / f"step-{stopped_at:08d}") == []
+    assert json.loads((mirror_of(store) / "exit.json").read_text())["code"] == 75
 
 
 @pytest.mark.slow  # for the pauses between attempts

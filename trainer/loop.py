@@ -27,6 +27,7 @@ from trainer.monitor import Monitor, summary
 from trainer.preempt import StopRequest
 from trainer.remote import Mirror
 from trainer.schedule import learning_rate
+from trainer.spot import Watch
 from trainer.train import Config
 
 log = logging.getLogger("quintet")
@@ -48,6 +49,8 @@ def fit(config: Config) -> None:
     with ExitStack() as stack:
         stack.enter_context(work.job(device, 60 * config.timeout_minutes))
         stop = stack.enter_context(StopRequest(config.run_dir, rank=distributed.rank()))
+        if distributed.place().local_rank == 0:
+            stack.enter_context(Watch(config.preemption, stop.ask))
         lease = runfolder.Lease(config.run_dir)
         distributed.on_first_rank(lambda: _take_lease(lease, config, stack))
         mirror = _mirror(config)

@@ -11,6 +11,7 @@ from data.rules import Prompts
 from data.settings import key, unresolved
 from trainer.monitor import WandbConfig
 from trainer.remote import problems as mirror_problems
+from trainer.spot import CHOICES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,9 @@ class Config:
     mirror: str = key(
         "",
         help="folder in object storage (s3://bucket/run) for copies of the run; an empty run_dir is filled from it",
+    )
+    preemption: str = key(
+        "none", help="whose notices that a spot machine ends stop the run with a checkpoint", choices=CHOICES
     )
     max_skipped_steps: int = key(10, help="non-finite steps in a row before the run stops", low=1)
     timeout_minutes: float = key(30.0, help="longest wait of a collective", above=0)
