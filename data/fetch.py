@@ -20,18 +20,22 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from data.errors import DataError, QuintetError, UserError
+from data.files import PARTIAL
 
 log = logging.getLogger("quintet")
+
+Result = TypeVar("Result")
 
 LOCAL = ("", "file")
 WEB = ("http", "https")
 # These go through fsspec; the value is the package that it needs for them.
 STORES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 
+DOWNLOADS = 8
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 1.0
 TIMEOUT_SECONDS = 60.0
@@ -93,11 +97,19 @@ def child(folder: str, name: str) -> str:
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
 
-def fetch(location: str, target: Path, *, size: int | None = None, sha256: str | None = None) -> None:
+def fetch(
+    location: str,
+    target: Path,
+    *,
+    size: int | None = None,
+    sha256: str | None = None,
+    reserve: Callable[[], None] = lambda: None,
+) -> None:
     """Copy one file to `target`, unless it is there with the right size.
 
     Several processes may ask for one target: one copies, the others wait for it. A failed attempt is repeated after
-    a growing pause; the target appears when it is complete and has the right size and hash.
+    a growing pause; the target appears when it is complete and has the right size and hash. `reserve` is called before
+    each attempt, by the process that copies.
 
     Raises:
         Missing: there is no such file.
@@ -107,7 +119,22 @@ def fetch(location: str, target: Path, *, size: int | None = None, sha256: str |
     with locked(target):
         if target.exists() and (size is None or target.stat().st_size == size):
             return
-        _with_retries(location, lambda: _copy(location, target, size, sha256))
+
+        def attempt() -> None:
+            reserve()
+            _copy(location, target, size, sha256)
+
+        with_retries(location, attempt)
+
+
+def partial_of(target: Path) -> Path:
+    """What a file is called while it is being copied, under the lock of `locked`."""
+    return target.with_name(f".{target.name}{PARTIAL}")
+
+
+def lock_of(target: Path) -> Path:
+    """The file that `locked` locks."""
+    return target.with_name(f".{target.name}.lock")
 
 
 def read(location: str, limit: int) -> bytes:
@@ -122,14 +149,14 @@ def read(location: str, limit: int) -> bytes:
                 if len(found) > limit:
                     raise DataError(f"{location}: larger than {limit} bytes, which is too large for an index")
 
-    _with_retries(location, copy)
+    with_retries(location, copy)
     return bytes(found)
 
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Keep other processes of this machine from making the same file at the same time."""
-    with open(target.with_name(f".{target.name}.lock"), "w") as file:
+    with open(lock_of(target), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks: work is done twice, renames keep it right
@@ -137,7 +164,13 @@ def locked(target: Path) -> Iterator[None]:
         yield
 
 
-def _with_retries(location: str, attempt: Callable[[], None]) -> None:
+def with_retries(location: str, attempt: Callable[[], Result]) -> Result:
+    """What `attempt` returns, tried again after a growing pause when it fails.
+
+    Raises:
+        QuintetError, Missing: from the attempt itself, at once.
+        DataError: every attempt failed; the text has the last reason.
+    """
     wait = FIRST_WAIT_SECONDS
     for number in range(1, ATTEMPTS + 1):
         try:
@@ -151,19 +184,22 @@ def _with_retries(location: str, attempt: Callable[[], None]) -> None:
             log.warning("%s: %s; trying again in %.0f s (%d of %d)", location, reason, wait, number, ATTEMPTS)
             time.sleep(wait)
             wait *= 2
-    return None
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _copy(location: str, target: Path, size: int | None, sha256: str | None) -> None:
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_of(target)
     digest, written = hashlib.sha256(), 0
     try:
-        with _source(location) as (stream, announced), open(partial, "wb") as file:
+        # Not emptied: its size may have been reserved.
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with open(handle, "wb") as file, _source(location) as (stream, announced):
             expected = announced if size is None else size
             for chunk in _chunks(stream, expected):
                 digest.update(chunk)
                 written += len(chunk)
                 file.write(chunk)
+            file.truncate()
             file.flush()
             os.fsync(file.fileno())
         if expected is not None and written != expected:

@@ -12,15 +12,13 @@ from pathlib import Path
 import orjson
 import xxhash
 
-from data import fetch
+from data import fetch, readthrough
 from data.errors import DataError, UserError
 from data.index import INDEX_NAME, MAX_INDEX_BYTES, Index, decode, read, subset, write
 from data.indexing import index_shard
 from data.reading import Policy, damaged
 
 log = logging.getLogger("quintet")
-
-DOWNLOADS = 8
 
 
 def tar_files(folder: Path) -> list[str]:
@@ -68,7 +66,10 @@ def _built(folder: Path, names: Sequence[str], policy: Policy, place: Path) -> I
 
 
 def open_remote(folder: str, names: Sequence[str], policy: Policy) -> Index:
-    """Copy the shards of a remote folder, and its index when there is one, to the cache folder."""
+    """Copy the shards of a remote folder to the cache folder.
+
+    Where the cache has a limit, those of a folder with an index are copied when they are read.
+    """
     try:
         text = b"" if folder.startswith("pipe:") else fetch.read(fetch.child(folder, INDEX_NAME), MAX_INDEX_BYTES)
     except fetch.Missing:
@@ -84,7 +85,10 @@ def open_remote(folder: str, names: Sequence[str], policy: Policy) -> Index:
         return open_local(local, names, policy)
     index = decode(text, str(local), fetch.child(folder, INDEX_NAME))
     index = subset(index, names) if names else index
-    _fetch_all(folder, local, [(shard.file, shard.bytes, shard.sha256) for shard in index.shards], policy)
+    if readthrough.limit_bytes() is None:
+        _fetch_all(folder, local, [(shard.file, shard.bytes, shard.sha256) for shard in index.shards], policy)
+    else:
+        readthrough.keep(local, folder, [shard.bytes for shard in index.shards])
     return index
 
 
@@ -105,5 +109,5 @@ def _fetch_all(folder: str, local: Path, files: Sequence[tuple[str, int | None, 
                 raise problem from None
             log.warning("%s", problem)
 
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
+    with ThreadPoolExecutor(fetch.DOWNLOADS) as pool:
         list(pool.map(copy, files))

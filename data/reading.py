@@ -16,7 +16,7 @@ from typing import Literal
 import pyarrow as pa
 import xxhash
 
-from data import blocks, tar
+from data import blocks, fetch, readthrough, tar
 from data.errors import DataError
 from data.index import BlockInfo, Index
 from data.records import REASONS, BadRecord, Row
@@ -55,6 +55,9 @@ _COMPRESSED = (
     (b"\xfd7zXZ\x00", "xz", "unxz"),
     (b"BZh", "bzip2", "bunzip2"),
 )
+
+# How often a shard may be removed from a cache that is too small between its copying and its reading.
+_MOST_REMOVALS = 20
 
 _MEND = (
     "fetch or pack the shard again, index it again if it was changed on purpose, "
@@ -101,14 +104,32 @@ def read_block(index: Index, shard: int, block: int, *, policy: Policy = "strict
     why; the outcome depends on the file's bytes only. Under `strict` damage raises DataError with the first problem.
     """
     info, span = index.shards[shard], index.shards[shard].blocks[block]
-    read = _read_arrow if info.kind == "block" else _read_plain
     try:
-        found = read(index, shard, span)
+        found = _read(index, shard, span)
     except Problem as problem:
         found = Block(blocks.table([], info.source), span.records, 0, (str(problem),))
     if found.problems and policy == "strict":
         raise damaged(found.problems[0])
     return found
+
+
+def _read(index: Index, shard: int, span: BlockInfo) -> Block:
+    """Read a block of a shard, which is copied first where it lies elsewhere."""
+    info, path = index.shards[shard], index.path(shard)
+    read = _read_arrow if info.kind == "block" else _read_plain
+    for _ in range(_MOST_REMOVALS):
+        try:
+            readthrough.bring(path, info.bytes, info.sha256)
+            return read(index, shard, span)
+        except fetch.Missing as missing:
+            raise Problem("missing shard", str(missing)) from None
+        except Problem as problem:
+            # Removed to make room before it could be opened?
+            if problem.cause != "missing shard" or not readthrough.origin(os.path.dirname(path)):
+                raise
+    raise damaged(
+        f"missing shard: {path} was removed {_MOST_REMOVALS} times before it was read; raise QUINTET_CACHE_GB"
+    )
 
 
 def sniff(start: bytes, path: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from data import blocks, fetch
+from data import blocks, fetch, readthrough
 from data.blocks import Tokens
 from data.errors import UserError
 from data.files import sync
@@ -244,7 +244,8 @@ def load_index(spec: Spec | Sequence[Spec], *, allow_pipe: bool = False, policy:
 
     Args:
         spec: a folder, a tar file, a glob or a brace expansion of those, a URL of those, or a list of all these. URLs
-            (http, https, s3, gs, hf) are copied to the cache folder first. A folder without index.json is indexed
+            (http, https, s3, gs, hf) are copied to the cache folder first, or where that has a limit
+            (data/readthrough.py) when they are read. A folder without index.json is indexed
             on first use; the index is kept beside the shards, or in the cache folder where that cannot be written.
         allow_pipe: run the commands of `pipe:` URLs, which write a tar to their output. No shell is involved.
         policy: `strict` stops at any damage; `skip` keeps damaged shards, and `read_block` gives what is whole.
@@ -372,7 +373,7 @@ def _size_problem(index: Index, shard: int) -> str:
     except Problem as problem:
         return str(problem)
     except FileNotFoundError:
-        return f"missing shard: {path}"
+        return "" if readthrough.origin(os.path.dirname(path)) else f"missing shard: {path}"
     except OSError as error:
         return f"unreadable shard: {path}: {error.strerror}"
     for number, block in enumerate(index.shards[shard].blocks):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Hashable, Sequence
@@ -24,6 +25,7 @@ from data.errors import DataError
 from data.mixture import Mixture, Source
 from data.order import ROW_BITS, Order, batch_number
 from data.reading import Block, Policy, cause, read_block
+from data.readthrough import bring_all, limit_bytes, origin
 
 log = logging.getLogger("quintet")
 
@@ -69,6 +71,7 @@ class Stream:
         self._order, self._collate = order, collate
         self._rank, self._world = rank, world
         self._workers, self._read_ahead = workers, read_ahead
+        _check_room_on_disk(mixture, order, order.lanes // world)
         cache = Cache(_cache_bytes(mixture, order, order.lanes // world, max_cache_bytes))
         self._readers = [_Reader(source, policy, cache) for source in mixture.sources]
         self._stored = [reader.opens_stored(collate) for reader in self._readers]
@@ -214,6 +217,7 @@ class _Reader:
         """(place in `records`, cause) of every record that cannot be read."""
         numbers, rows = self._places(records)
         used, inverse = np.unique(numbers, return_inverse=True)
+        self._bring(used)
         blocks = [self._block(int(number)) for number in used]
         good = np.array([block.good for block in blocks])
         found = []
@@ -223,6 +227,13 @@ class _Reader:
             nth = min(int(rows[at]) - block.good, len(block.problems) - 1)
             found.append((at, cause(block.problems[nth])))
         return found
+
+    def _bring(self, blocks: NDArray[np.int64]) -> None:
+        """Copy the shards of some blocks side by side, where they lie elsewhere and no block of theirs is kept."""
+        index = self.source.index
+        absent = [number for number in blocks.tolist() if (self.source.name, number) not in self._cache]
+        shards = sorted({int(shard) for shard in self.source.blocks[absent, 0]})
+        bring_all([(index.path(shard), index.shards[shard].bytes, index.shards[shard].sha256) for shard in shards])
 
     def readable(self, start: int, stop: int) -> int:
         """How many of the records start .. stop - 1, which lie in one block, can be read; those come first."""
@@ -284,6 +295,10 @@ class Cache:
         self._admit(mine, block.table.nbytes)
         return block
 
+    def __contains__(self, key: Hashable) -> bool:
+        with self._lock:
+            return key in self._entries
+
     def _admit(self, entry: _Entry, size: int) -> None:
         """Count a block that was read, and forget the longest unused ones; those being read are not counted yet."""
         with self._lock:
@@ -315,3 +330,18 @@ def _cache_bytes(mixture: Mixture, order: Order, lanes: int, limit: int) -> int:
             limit >> 20,
         )
     return min(needed * 3 // 2, limit)
+
+
+def _check_room_on_disk(mixture: Mixture, order: Order, lanes: int) -> None:
+    """Say so when the shards that are open at a time, two for each lane of this host, pass the limit of the cache."""
+    limit = limit_bytes()
+    if limit is None:
+        return
+    needed = 0
+    for source in mixture.sources:
+        sizes = [s.bytes for n, s in enumerate(source.index.shards) if origin(os.path.dirname(source.index.path(n)))]
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed += sum(sizes) * min(len(sizes), 2 * lanes * ranks) // max(len(sizes), 1)
+    if needed > limit:
+        what = "about %.3g GB of shards are open at a time, more than the %g GB that are kept"
+        log.warning(f"QUINTET_CACHE_GB: {what}; they are copied again and again, raise it", needed / 1e9, limit / 1e9)

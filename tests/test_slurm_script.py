@@ -312,6 +312,7 @@ def test_mistakes_of_the_pipeline_are_one_message(bin_folder: Path, arguments: l
         *SCRIPT.parent.glob("*.sh"),
         *Path(__file__).parent.glob("*.sh"),
         *SCRIPT.parent.parent.glob("*.sh"),
+        *SCRIPT.parent.parent.glob("configs/cluster/*.sh"),
         SCRIPT.parent.parent / ".ci" / "run",
     ],
     ids=lambda path: path.name,

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -392,8 +392,10 @@ def newest_few(run_dir: str | Path, count: int) -> list[Checkpoint]:
     return list(found.values())
 
 
-def prune(run_dir: str | Path, keep_last: int, keep_every: int = 0) -> list[int]:
+def prune(run_dir: str | Path, keep_last: int, keep_every: int = 0, *, spare: Collection[int] = ()) -> list[int]:
     """Delete checkpoints but the newest `keep_last` and those whose step is a multiple of `keep_every` (0: none).
+
+    Those of the steps in `spare` stay as well: somebody reads them.
 
     Called by one process. The newest complete one always stays, and nothing newer than it is touched. A folder that
     cannot be deleted is a warning, never the end of a run. Returns the steps deleted.
@@ -406,7 +408,9 @@ def prune(run_dir: str | Path, keep_last: int, keep_every: int = 0) -> list[int]
             complete.append(step)
             if len(complete) <= keep_last or (keep_every and step % keep_every == 0):
                 continue
-        if complete:  # damaged or replaced ones older than a complete one can never be resumed from
+        if (
+            complete and step not in spare
+        ):  # damaged or replaced ones older than a complete one can never be resumed from
             _try_remove(folder)
             deleted.append(step)
     return deleted

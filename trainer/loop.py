@@ -26,7 +26,9 @@ from trainer.guard import Guard
 from trainer.meter import Meter
 from trainer.monitor import Monitor, summary
 from trainer.preempt import StopRequest
+from trainer.remote import Mirror
 from trainer.schedule import learning_rate
+from trainer.spot import Watch
 from trainer.train import Config
 from trainer.watchdog import SECTIONS, Watchdog
 
@@ -52,12 +54,15 @@ def fit(config: Config) -> None:
         stack.enter_context(work.job(device, longest + 60, 60 * config.start_timeout_minutes))
         dog = stack.enter_context(_watchdog(config))
         stop = stack.enter_context(StopRequest(config.run_dir, rank=distributed.rank()))
+        if distributed.place().local_rank == 0:
+            stack.enter_context(Watch(config.preemption, stop.ask))
         lease = runfolder.Lease(config.run_dir)
         distributed.on_first_rank(lambda: _take_lease(lease, config, stack))
-        ending = stack.enter_context(_Ending(config))
-        saved = _newest(config)
+        mirror = _mirror(config)
+        ending = stack.enter_context(_Ending(config, mirror))
+        saved = _newest(config, mirror)
         parts = build(config, device, saved)
-        ending.run = run = _open(config, parts, saved, lease, dog)
+        ending.run = run = _open(config, parts, saved, lease, dog, mirror)
         run.train(stop)
         dog.at("export", run.step)
         distributed.on_first_rank(lambda: _export(config))
@@ -74,6 +79,7 @@ class Run:
     identity: runfolder.Run
     lease: runfolder.Lease  # held by rank 0
     dog: Watchdog
+    mirror: Mirror
     guard: Guard
     step: int = 0
     updates: int = 0
@@ -228,10 +234,15 @@ class Run:
         finally:
             self.saved_at = time.monotonic()
             self.meter.pause()
+        self.mirror.send(saved)
+        for text in self.mirror.news():
+            self.monitor.alert("mirror", text)
         if distributed.rank() == 0:
-            checkpoint.prune(self.config.run_dir, self.config.keep_last, self.config.keep_every)
+            keep = self.config.keep_last, self.config.keep_every
+            checkpoint.prune(self.config.run_dir, *keep, spare=self.mirror.held)
         values = {"save_s": time.monotonic() - begin, "bytes": saved.bytes, "last_step": self.step}
         values["failures"] = self.failed_saves
+        values |= self.mirror.figures()
         self.monitor.log(self.step, {f"ckpt/{name}": value for name, value in values.items()})
 
     def _state(self) -> dict[str, Any]:
@@ -270,11 +281,25 @@ def _export(config: Config) -> None:
     export.run(export.Config(run_dir=config.run_dir, overwrite=True))
 
 
-def _newest(config: Config) -> Checkpoint | None:
+def _mirror(config: Config) -> Mirror:
+    """The run's copy in object storage, if it has one; errors end all ranks."""
+    with distributed.together():
+        return Mirror(
+            config.mirror,
+            config.run_dir,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            limit_seconds=0.9 * 60 * config.timeout_minutes,  # meanwhile the other ranks wait in a barrier
+            rank=distributed.rank(),
+        )
+
+
+def _newest(config: Config, mirror: Mirror) -> Checkpoint | None:
     """The checkpoint to go on from. Rank 0 hashes its files, so nothing damaged is loaded anywhere."""
 
     def find() -> str:
         checkpoint.clean(config.run_dir)
+        mirror.restore(fresh=config.fresh)
         if not config.fresh:
             rollback.carry_out(config.run_dir)
         found = None if config.fresh else checkpoint.newest(config.run_dir)
@@ -288,7 +313,9 @@ def _newest(config: Config) -> Checkpoint | None:
     return checkpoint.load(folder) if folder else None
 
 
-def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfolder.Lease, dog: Watchdog) -> Run:
+def _open(
+    config: Config, parts: Parts, saved: Checkpoint | None, lease: runfolder.Lease, dog: Watchdog, mirror: Mirror
+) -> Run:
     """Write down what the run is made of, start its monitor, and restore its counters."""
     devices = [torch.cuda.get_device_name(parts.engine.device)] if parts.engine.device.type == "cuda" else []
 
@@ -301,6 +328,7 @@ def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfold
             devices=devices,
             fresh=config.fresh,
         )
+        mirror.begin(run.id, saved)
         return run.id, run.attempt
 
     identity = runfolder.Run(*distributed.on_first_rank(prepare))
@@ -322,7 +350,7 @@ def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfold
     meter = Meter(parts.engine.device, parts.flops_per_token)
     rollbacks = distributed.on_first_rank(lambda: rollback.read(config.run_dir))
     guard = Guard(config, parts.engine, parts.order, monitor, rollbacks)
-    run = Run(config, parts, monitor, meter, identity, lease, dog, guard, step)
+    run = Run(config, parts, monitor, meter, identity, lease, dog, mirror, guard, step)
     if saved:
         run.updates, run.bad_records = saved.manifest["updates"], saved.manifest["bad_records"]
         run.unscored = saved.manifest.get("unscored", 0)
@@ -333,8 +361,8 @@ def _open(config: Config, parts: Parts, saved: Checkpoint | None, lease: runfold
 class _Ending:
     """Writes exit.json when the run ends, however it ends: what scripts trust."""
 
-    def __init__(self, config: Config) -> None:
-        self._config, self.code = config, 1
+    def __init__(self, config: Config, mirror: Mirror) -> None:
+        self._config, self._mirror, self.code = config, mirror, 1
         self.run: Run | None = None
 
     def __enter__(self) -> _Ending:
@@ -349,6 +377,7 @@ class _Ending:
             self.run.monitor.finish(self.code)
         if distributed.rank() == 0:
             runfolder.finish(self._config.run_dir, self.code, reason, self.run.step if self.run else 0)
+            self._mirror.finish(self.code)
         if self.code in (0, Stopped.exit_code):
             # All ranks are here. A launcher ends the others when one leaves, so rank 0 finishes its writing first.
             distributed.barrier()

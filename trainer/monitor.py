@@ -77,6 +77,8 @@ METRICS: dict[str, Metric] = {
     "ckpt/bytes": Metric("byte", "size of the checkpoint"),
     "ckpt/last_step": Metric("step", "step of the newest complete checkpoint"),
     "ckpt/failures": Metric("1", "saves that failed since the start"),
+    "ckpt/mirrored_step": Metric("step", "step of the newest complete checkpoint in the mirror"),
+    "ckpt/mirror_failures": Metric("1", "copies to the mirror that failed in this start"),
     "data/batch_hash": Metric("1", "says which records the last step had: equal for equal sets of records"),
     "eval/*/ndcg_at_10": Metric("frac", "nDCG@10"),
     "eval/*/mrr_at_10": Metric("frac", "MRR@10"),

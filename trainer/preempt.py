@@ -62,6 +62,10 @@ class StopRequest:
             self.reason = STOP_FILE
         return bool(self.reason)
 
+    def ask(self, reason: str) -> None:
+        """Note that the run shall stop, for a `reason` other than a signal; any thread may call it."""
+        self.reason = self.reason or reason
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
         if number != signal.SIGINT:

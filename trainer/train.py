@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from data.rules import Prompts
 from data.settings import key, unresolved
 from trainer.monitor import WandbConfig
+from trainer.remote import problems as mirror_problems
+from trainer.spot import CHOICES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,13 @@ class Config:
     keep_last: int = key(2, help="newest checkpoints to keep", low=1)
     keep_every: int = key(0, help="also keep every checkpoint of a multiple of so many steps; 0: none", low=0)
     fresh: bool = key(False, help="start at step 0 even when there is a checkpoint")
+    mirror: str = key(
+        "",
+        help="folder in object storage (s3://bucket/run) for copies of the run; an empty run_dir is filled from it",
+    )
+    preemption: str = key(
+        "none", help="whose notices that a spot machine ends stop the run with a checkpoint", choices=CHOICES
+    )
     max_skipped_steps: int = key(10, help="non-finite steps in a row before the run stops", low=1)
     spike: SpikeConfig = key(SpikeConfig(), help="losses far above those before them")
     check_weights_every: int = key(
@@ -178,7 +187,7 @@ class Config:
             )
         if self.spike.action == "rollback" and not self.spike.factor:
             problems.append("spike.action=rollback: spike.factor=0 finds no spike; give a factor, or action=warn")
-        return problems + _objective_problems(self) + _loss_problems(self.loss)
+        return problems + mirror_problems(self.mirror) + _objective_problems(self) + _loss_problems(self.loss)
 
 
 def _objective_problems(config: Config) -> list[str]:
