@@ -40,6 +40,7 @@ def project(tmp_path: Path) -> Path:
     (folder / "Makefile").write_text(MAKEFILE)
     (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (folder / "python").chmod(0o755)
+    shutil.copy(ROOT / "constraints.txt", folder)
     return folder
 
 
@@ -65,7 +66,8 @@ def test_every_host_gets_the_project_at_the_same_path_and_is_told_in_one_line(ho
     hide_from_second_host(hosts, project)
     hostfile = str(hosts / "hostfile")
     for _ in range(2):  # the second time there is nothing to do
-        result = prepare(project, "--no-gpu", "--torch-index", "https://example.org/cpu", hostfile)
+        more = ["--torch-index", "https://example.org/cpu", "--packages", "fsspec pyyaml"]  # that are there
+        result = prepare(project, "--no-gpu", *more, hostfile)
         assert result.returncode == 0, result.stderr
         python = f"Python {sys.version.split()[0]}"
         assert result.stdout.splitlines() == [f"10.77.0.1: ready, {python}", f"10.77.0.2: ready, {python}"]
@@ -74,6 +76,8 @@ def test_every_host_gets_the_project_at_the_same_path_and_is_told_in_one_line(ho
     script = (project / "configs/cluster/machine.sh").read_text()
     assert on_second_host(hosts, "cat", f"{project}/configs/cluster/machine.sh") == script
     assert not list(project.glob(".prepare*"))
+    missing = prepare(project, "--no-gpu", "--packages", "./no-such-package", hostfile)
+    assert missing.stdout.splitlines()[0] == "10.77.0.1: FAILED: pip install ./no-such-package"
 
 
 @needs_hosts

@@ -170,13 +170,15 @@ def test_a_mirror_whose_every_checkpoint_is_damaged_is_told(mirrored: Path, tmp_
 def test_a_manifest_may_not_name_files_outside_of_its_folder(mirrored: Path, tmp_path: Path) -> None:
     place = mirrored / ID / "checkpoints/step-00000003" / MANIFEST
     manifest = json.loads(place.read_text())
-    manifest["files"]["../../../../outside"] = manifest["files"].pop("moments.bin")
-    place.write_text(json.dumps(manifest))
-    run_dir = tmp_path / "a" / "second"
-    run_dir.mkdir(parents=True)
+    manifest["files"]["../../outside"] = manifest["files"].pop("moments.bin")
+    del manifest["digest"]
+    checkpoint._write_manifest(place.parent, manifest)
+    shutil.copy(place.parent / "moments.bin", mirrored / ID / "outside")  # where the name leads to in the mirror
+    run_dir = tmp_path / "second"
+    run_dir.mkdir()
     mirror(run_dir, str(mirrored)).restore(fresh=False)
     assert steps(run_dir) == ["step-00000002"]
-    assert not list(tmp_path.glob("**/outside"))
+    assert not list(run_dir.glob("**/outside"))
 
 
 def test_checkpoints_that_are_there_and_a_fresh_start_are_left_alone(mirrored: Path, tmp_path: Path) -> None:

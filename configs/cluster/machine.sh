@@ -3,10 +3,14 @@
 # of a hostfile, sky.yaml on its own. Doing it again changes nothing that is in order. It reports in one line, which
 # begins with "ready" or "FAILED".
 #
-#   bash configs/cluster/machine.sh [GPUS [TORCH_INDEX]]      GPUS: how many there must be; "" for none
+#   bash configs/cluster/machine.sh [GPUS [TORCH_INDEX [PACKAGE...]]]
+#
+#   GPUS          how many there must be; "" for none
+#   TORCH_INDEX   where torch comes from, as in `make install TORCH_INDEX=URL`; "" for pip's own
+#   PACKAGE       what is installed beside the project: s3fs, gcsfs
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-gpus=${1:-} torch_index=${2:-}
+gpus=${1:-} torch_index=${2:-} more=("${@:3}")
 
 fail() {
     echo "FAILED: $1"
@@ -47,6 +51,11 @@ fi
 python=$(find_python) || fail "no Python of 3.11 or newer with its venv module"
 exec 9>>Makefile && flock 9 # machines may share this folder
 make install PYTHON="$python" TORCH_INDEX="$torch_index" || fail "make install"
+if [ ${#more[@]} -gt 0 ]; then
+    # botocore, below s3fs, takes no python-dateutil of 3 or newer, and all that we use takes an older one
+    grep -v '^python-dateutil==' constraints.txt >.venv/constraints.txt
+    .venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt "${more[@]}" || fail "pip install ${more[*]}"
+fi
 
 ready="ready, $(.venv/bin/python --version)"
 if [ -n "$gpus" ]; then

@@ -2,9 +2,10 @@
 # Makes every machine of a hostfile ready to train: the project at the same path, its tested libraries, a GPU driver that
 # answers. Doing it again changes nothing that is in order.
 #
-#   bash configs/cluster/prepare.sh [--share FOLDER] [--torch-index URL] [--no-gpu] [HOSTFILE]
+#   bash configs/cluster/prepare.sh [--packages NAMES] [--share FOLDER] [--torch-index URL] [--no-gpu] [HOSTFILE]
 #
 #   HOSTFILE             configs/cluster/hostfile when left out; see hostfile.example
+#   --packages NAMES     what is installed beside the project: "s3fs", "gcsfs adlfs"
 #   --share FOLDER       also share FOLDER of the first machine with the others over NFS (needs sudo there)
 #   --torch-index URL    where torch comes from, as in `make install TORCH_INDEX=URL`
 #   --no-gpu             machines without GPUs
@@ -20,14 +21,15 @@ complain() {
     exit 2
 }
 
-share='' torch_index='' gpu=1 hostfile=configs/cluster/hostfile
+share='' torch_index='' packages=() gpu=1 hostfile=configs/cluster/hostfile
 while [ $# -gt 0 ]; do
     case $1 in
-        --share | --torch-index) [ $# -gt 1 ] || complain "$1: a value must follow" ;;&
+        --share | --torch-index | --packages) [ $# -gt 1 ] || complain "$1: a value must follow" ;;&
         --share) share=$2 && shift ;;
         --torch-index) torch_index=$2 && shift ;;
+        --packages) read -ra packages <<<"$2" && shift ;;
         --no-gpu) gpu='' ;;
-        -*) complain "$1: not an option; they are --share, --torch-index and --no-gpu" ;;
+        -*) complain "$1: not an option; they are --packages, --share, --torch-index and --no-gpu" ;;
         *) hostfile=$1 ;;
     esac
     shift
@@ -77,8 +79,9 @@ prepare() {
     elif ! copy "$1"; then
         echo "FAILED: the project could not be copied to $PWD"
     else
+        local command=(bash "$PWD/configs/cluster/machine.sh" "${gpu:+$2}" "$torch_index" "${packages[@]}")
         # shellcheck disable=SC2029
-        "${remote[@]}" "$1" "bash $(printf '%q ' "$PWD/configs/cluster/machine.sh" "${gpu:+$2}" "$torch_index")" </dev/null
+        "${remote[@]}" "$1" "$(printf '%q ' "${command[@]}")" </dev/null
         return
     fi
     return 1
