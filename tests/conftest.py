@@ -27,3 +27,10 @@ def plain_log() -> Iterator[None]:
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture(autouse=True)
+def no_service_of_wandb() -> Iterator[None]:
+    """wandb, used in this process, leaves the address of its helper in the environment, where later jobs look."""
+    yield
+    os.environ.pop("WANDB_SERVICE", None)

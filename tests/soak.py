@@ -69,7 +69,9 @@ FAULTS: dict[str, tuple[Fault, set[int]]] = {
 def main(minutes: float, seed: int) -> None:
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     draw, end, faults = random.Random(seed), time.monotonic() + 60 * minutes, Counter[str]()
-    before = _left_behind()
+    (folder / "tmp").mkdir()
+    os.environ["TMPDIR"] = str(folder / "tmp")  # of the jobs, so that nobody else's files are taken for theirs
+    shared_memory = set(os.listdir("/dev/shm"))
     steady = folder / "steady"
     command = [jobs.QUINTET, "launch", "--ranks", "2", "--restarts", "0", "pretrain"]
     assert jobs.run([*command, *jobs.settings(folder, run_dir=steady, **SETTINGS)], folder / "steady.log") == 0
@@ -87,8 +89,8 @@ def main(minutes: float, seed: int) -> None:
         print(
             f"round {rounds}: {len(trained)} starts, {again} steps done again, losses and weights identical", flush=True
         )
-    left = _left_behind() - before
-    assert not left, f"left behind: {sorted(left)}"
+    left = [*(set(os.listdir("/dev/shm")) - shared_memory), *os.listdir(folder / "tmp")]
+    assert not left, f"left behind in /dev/shm or among temporary files: {sorted(left)}"
     told = ", ".join(f"{count} x {name}" for name, count in faults.most_common())
     print(f"{rounds} rounds of {STEPS} steps, {starts} starts, {sum(faults.values())} faults ({told})")
     print(f"every round bit-identical to the undisturbed run; {wasted} steps done again; nothing left behind")
@@ -131,12 +133,6 @@ def _works_in(process: psutil.Process, run_dir: Path) -> bool:
         return f"run_dir={run_dir}" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _left_behind() -> set[str]:
-    """What jobs leave in shared memory and among temporary files, the soak's own folder excepted."""
-    places = [Path("/dev/shm"), Path(tempfile.gettempdir())]
-    return {str(path) for place in places for path in place.glob("*") if not path.name.startswith("soak-")}
 
 
 if __name__ == "__main__":

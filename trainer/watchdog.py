@@ -38,6 +38,7 @@ class Store(Protocol):
 
 STACKS = "stacks"  # the folder of the run folder
 _BEAT_SECONDS = 5.0
+_JOIN_SECONDS = 10.0
 _SILENT_BEATS = 3  # a rank that has missed so many is taken for stopped
 _FIRED = "watchdog/fired"
 # What a rank does in a step, in this order; in "meet" it waits for the batches of the others. Of two ranks in the same
@@ -108,15 +109,19 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         self.at(SECTIONS[0], 0)
-        threads = [self._watch] if self._store is None else [self._watch, self._tell]
-        for work in threads:
-            threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True).start()
+        work = [self._watch] if self._store is None else [self._watch, self._tell]
+        self._threads = [threading.Thread(target=each, name="watchdog", daemon=True) for each in work]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        # Python ends a thread that is still inside torch when it ends itself, and with it, by abort, the whole process.
+        for thread in self._threads:
+            thread.join(_JOIN_SECONDS)
 
     def at(self, section: str, step: int) -> None:
         """This rank begins a section of a step now, or is seen to move in one."""
