@@ -129,9 +129,20 @@ def _make_room(target: Path, size: int) -> None:
 
 
 def _entries(folder: Path) -> list[tuple[float, int, Path]]:
-    """(time of the last reading, bytes, path) of every shard of a folder, and of those that are being copied."""
+    """(time of the last reading, bytes, path) of every shard of a folder, and of those that are being copied.
+
+    A copy may get its name while the folder is read, and be met under neither: it is read until it holds still.
+    """
+    while True:
+        names = sorted(os.listdir(folder))
+        found = _sizes(folder, names)
+        if sorted(os.listdir(folder)) == names:
+            return found
+
+
+def _sizes(folder: Path, names: Sequence[str]) -> list[tuple[float, int, Path]]:
     found = []
-    for path in folder.iterdir():
+    for path in (folder / name for name in names):
         unfinished = path.name.endswith(files.PARTIAL) and ".tar." in path.name
         if not unfinished and path.suffix != ".tar":
             continue

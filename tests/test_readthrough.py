@@ -142,8 +142,8 @@ def test_the_limit_holds_while_many_are_copied_at_once(url: str, cache: Path) ->
                 held: dict[int, int] = {}  # by inode: a file that gets its name meanwhile is met under both
                 for path in folder.iterdir():
                     with suppress(FileNotFoundError):
-                        if ".tar" in path.name:
-                            held[path.stat().st_ino] = path.stat().st_size
+                        stat = path.stat()
+                        held[stat.st_ino] = stat.st_size if ".tar" in path.name else 0
             most[0] = max(most[0], sum(held.values()))
 
     looker = threading.Thread(target=look)
