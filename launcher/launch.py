@@ -7,6 +7,7 @@ one that was stopped through this process is not.
 from __future__ import annotations
 
 import argparse
+import difflib
 import glob
 import json
 import logging
@@ -180,9 +181,15 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--on-host")  # for hosts.py alone
     parser.add_argument("stage", nargs=argparse.REMAINDER)
     try:
-        options = parser.parse_args(list(words))
+        options, unknown = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
+    if unknown:
+        near = difflib.get_close_matches(
+            unknown[0], ("--ranks", "--hostfile", "--slurm", "--sbatch", "--restarts"), n=1
+        )
+        hint = f"did you mean {near[0]}?" if near else "quintet launch --help lists the options"
+        raise UserError(f"{unknown[0]}: no such option; {hint}")
     for name in ("ranks", "restarts"):
         value = getattr(options, name)
         if value is not None and value < (name == "ranks"):

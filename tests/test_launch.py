@@ -141,6 +141,7 @@ def test_a_rank_that_hangs_after_another_failed_is_ended_and_does_not_hide_the_e
         (["pretrain", "data=x", "learning_rate=1"], "learning_rate"),
         (["pretrian"], "pretrian: not a stage"),
         (["--ranks", "2", "--hostfile", "hosts", "pretrain"], "choose one"),
+        (["--hostfle", "hosts", "pretrain"], "--hostfle: no such option; did you mean --hostfile?"),
         (["--sbatch=--nodes=2", "pretrain"], "--sbatch --nodes=2: goes with --slurm"),
     ],
 )
