@@ -214,7 +214,7 @@ def _holder(file: Path) -> int | None:
 def port() -> list[Row]:
     """The port at which ranks will meet is free. Inside a job its launcher may hold it already."""
     given = os.environ.get("MASTER_PORT")
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:
         return []
     if given and not (given.isdigit() and 0 < int(given) < 65536):
         return [bad("port", f"MASTER_PORT={given}: no port", "unset MASTER_PORT, or give a number up to 65535")]

@@ -9,7 +9,6 @@ import importlib
 import json
 import logging
 import os
-import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,18 +127,14 @@ def _examine(options: argparse.Namespace, stages: Mapping[str, Any]) -> tuple[li
     mode = config.wandb.mode if options.stage in checks_run.TRAINED and config else "auto"
     rows += guarded("wandb", checks_machine.weights_and_biases, mode)
     if config is not None:
-        ranks, ranks_here = _ranks(options.ranks, hosts, here.world)
+        ranks, ranks_here = _ranks(options.ranks, hosts) if here.world == 1 else (here.world, here.local_world)
         deep = options.deep
         rows += checks_run.rows(options.stage, config, ranks=ranks, ranks_here=ranks_here, deep=deep)
     return rows, True
 
 
-def _ranks(wanted: int | None, hosts: Mapping[str, int], world: int) -> tuple[int, int]:
-    """Ranks of the job that is meant, and how many of them share a machine's memory, as far as can be known."""
-    if world > 1:
-        said = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE"))
-        here = next(filter(None, (re.match(r"\d+", text) for text in said)), None)  # Slurm writes 8(x4)
-        return world, int(here[0]) if here else world
+def _ranks(wanted: int | None, hosts: Mapping[str, int]) -> tuple[int, int]:
+    """Ranks of the job that is meant, and how many of them share a machine's memory."""
     if hosts:
         return wanted or sum(hosts.values()), max(hosts.values())
     ranks = wanted or launch.gpus() or 1

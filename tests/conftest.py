@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 if not glob.glob("/dev/nvidia[0-9]*"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-for launcher_variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"):
+for launcher_variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
     os.environ.pop(launcher_variable, None)  # inside a Slurm job the tests are still jobs of their own
 
 

@@ -18,7 +18,7 @@ import tiny
 ROOT = Path(__file__).parent.parent
 QUINTET = str(Path(sys.executable).parent / "quintet")
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
-_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def settings(folder: Path, **changes: Any) -> list[str]:

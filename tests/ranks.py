@@ -57,7 +57,7 @@ def _collect(processes: list[Any], results: Any, timeout_seconds: float) -> dict
 
 
 def _rank(rank: int, world: int, rendezvous: str, results: Any, function: Callable[..., Any], args: Any) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29611", DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     try:

@@ -20,7 +20,7 @@ import torch
 
 from data.errors import UserError
 from launcher import cli
-from trainer import checkpoint
+from trainer import checkpoint, distributed
 
 
 @pytest.fixture(scope="module")
@@ -363,9 +363,32 @@ def test_a_random_model_of_each_architecture_trains(folder: Path, tmp_path: Path
         assert pretrain(folder, steps=2, warmup_steps=1, **changes) == 0
 
 
-def test_the_user_error_for_a_wrong_rank_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
-    from trainer import distributed
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ("", (0, 1, 0, 1)),
+        ("RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4", (5, 8, 1, 4)),  # torchrun
+        ("RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_SIZE=4 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2", (5, 8, 1, 4)),
+        (
+            "SLURM_PROCID=5 SLURM_LOCALID=1 SLURM_NTASKS=10 SLURM_STEP_NUM_TASKS=10 SLURM_STEP_TASKS_PER_NODE=4(x2),2",
+            (5, 10, 1, 4),
+        ),
+        # A batch script without srun, and its srun -n1.
+        ("SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=2 SLURM_TASKS_PER_NODE=1(x2)", (0, 1, 0, 1)),
+        ("SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_TASKS_PER_NODE=1", (0, 1, 0, 1)),
+    ],
+)
+def test_the_rank_is_what_the_launcher_says(
+    variables: str, place: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)  # an earlier job of this process may have left its own
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("=", 1))
+    assert distributed.place() == distributed.Place(*place)
 
+
+def test_the_user_error_for_a_wrong_rank_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")

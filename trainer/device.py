@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -33,8 +32,7 @@ def free_memory(device: torch.device) -> float:
     """Bytes that this rank may still take: free memory of its GPU, or its share of the host's."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world())
-    return float(psutil.virtual_memory().available) / ranks_here
+    return float(psutil.virtual_memory().available) / distributed.place().local_world
 
 
 def chunk_tokens(wanted: int | None, device: torch.device | str) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -30,30 +31,46 @@ _store: dist.Store | None = None  # of the job's process group
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank this process is, as its launcher says: torchrun, deepspeed or srun."""
+    """Which rank this process is, as its launcher says: torchrun, deepspeed or srun.
+
+    Attributes:
+        local_rank, local_world: its number among the ranks of its host, and how many those are; where nobody says how
+            many, all of them.
+    """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    local_world: int = 1
 
 
 def place() -> Place:
-    """Read the rank from the environment: RANK, WORLD_SIZE, LOCAL_RANK, else Slurm's variables.
+    """Read the rank from the environment: RANK, WORLD_SIZE, LOCAL_RANK, else the variables of a step of Slurm.
+
+    A batch script has a SLURM_PROCID and the SLURM_NTASKS of its job too, but is none of those tasks: srun starts them.
 
     Raises:
         UserError: the variables are incomplete or contradict each other.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     try:
-        values = [int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True)]
+        rank, world, local_rank = [int(os.environ.get(name, "010"[n])) for n, name in enumerate(names)]
     except ValueError as error:
         raise UserError(f"{'/'.join(names)}: {error}; start ranks with deepspeed, torchrun or srun") from None
-    here = Place(*values)
+    here = Place(rank, world, local_rank, _local_world(world))
     if not 0 <= here.rank < here.world:
         raise UserError(f"{names[0]}={here.rank} is not below {names[1]}={here.world}; unset both for a single process")
     return here
+
+
+def _local_world(world: int) -> int:
+    """Ranks on this host: as torchrun or deepspeed says, or as Slurm does, such as 8(x3),4 for the most of any host."""
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ""
+    if not said and "RANK" not in os.environ:
+        said = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return max(map(int, re.findall(r"\d+(?!\d|\))", said)), default=world)
 
 
 def start(
@@ -71,7 +88,8 @@ def start(
         UserError: the port is taken, or the address is none of this machine's.
     """
     here = place()
-    for name, value in (("RANK", here.rank), ("WORLD_SIZE", here.world), ("LOCAL_RANK", here.local_rank)):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name, value in zip(names, astuple(here), strict=True):
         os.environ.setdefault(name, str(value))  # DeepSpeed insists on them, in every run of a process
     if dist.is_initialized():
         return here

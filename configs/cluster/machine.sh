@@ -52,9 +52,7 @@ python=$(find_python) || fail "no Python of 3.11 or newer with its venv module"
 exec 9>>Makefile && flock 9 # machines may share this folder
 make install PYTHON="$python" TORCH_INDEX="$torch_index" || fail "make install"
 if [ ${#more[@]} -gt 0 ]; then
-    # botocore, below s3fs, takes no python-dateutil of 3 or newer, and all that we use takes an older one
-    grep -v '^python-dateutil==' constraints.txt >.venv/constraints.txt
-    .venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt "${more[@]}" || fail "pip install ${more[*]}"
+    .venv/bin/python -m pip install --quiet --constraint constraints.txt "${more[@]}" || fail "pip install ${more[*]}"
 fi
 
 ready="ready, $(.venv/bin/python --version)"
