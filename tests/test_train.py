@@ -6,7 +6,9 @@ import copy
 import io
 import json
 import math
+import os
 import pickle
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -394,6 +396,20 @@ def test_the_user_error_for_a_wrong_rank_says_what_to_do(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="RANK=3"):
         distributed.place()
+
+
+def test_a_stop_behind_a_checkpoint_writes_no_second_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved, save = [], checkpoint.save
+
+    def save_and_stop(run_dir: Path, step: int, *values: Any, **named: Any) -> checkpoint.Checkpoint:
+        saved.append(step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(run_dir, step, *values, **named)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    changes = {"run_dir": tmp_path / "run", "steps": 4, "warmup_steps": 1, "save_every_steps": 2}
+    assert [pretrain(folder, **changes) for _ in range(2)] == [75, 0]
+    assert saved == [2, 4]
 
 
 def test_secrets_of_the_environment_are_in_no_file_of_the_run(folder: Path, tmp_path: Path):

@@ -86,6 +86,7 @@ class Run:
     bad_records: int = 0
     unscored: int = 0
     failed_saves: int = 0
+    saved_step: int = 0  # of the newest checkpoint
     saved_at: float = field(default_factory=time.monotonic)
 
     def train(self, stop: StopRequest) -> None:
@@ -134,7 +135,8 @@ class Run:
     def _stop(self) -> NoReturn:
         if self.step == 0:  # there is nothing to save, nor any state of the optimizer
             distributed.end(Stopped("stopped before the first step; start the same command to begin again"))
-        self._save(must=True)
+        if self.saved_step != self.step:
+            self._save(must=True)
         distributed.end(Stopped(f"stopped at step {self.step} after a checkpoint; start the same command to go on"))
 
     def _wait_for_scores(self, batch: Batch, stop: StopRequest) -> Batch:
@@ -234,6 +236,7 @@ class Run:
         finally:
             self.saved_at = time.monotonic()
             self.meter.pause()
+        self.saved_step = self.step
         self.mirror.send(saved)
         for text in self.mirror.news():
             self.monitor.alert("mirror", text)
@@ -352,6 +355,7 @@ def _open(
     guard = Guard(config, parts.engine, parts.order, monitor, rollbacks)
     run = Run(config, parts, monitor, meter, identity, lease, dog, mirror, guard, step)
     if saved:
+        run.saved_step = saved.step
         run.updates, run.bad_records = saved.manifest["updates"], saved.manifest["bad_records"]
         run.unscored = saved.manifest.get("unscored", 0)
         guard.restore(saved.manifest)
