@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import importlib
 import importlib.metadata
@@ -105,20 +106,31 @@ STAGES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line (default: that of the process) and return the exit code."""
+    """Run one command line and return the exit code. Without arguments it is that of the process, which then ends."""
     _configure_logging()
     try:
         code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
-        if arguments is None and code == Stopped.exit_code:
-            # This process is about to end, with its checkpoint written. A launcher that ends the other ranks once the
-            # first has left must not make 143 of it.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if arguments is None:
+            _leave(code)
         return code
     except BrokenPipeError:
         # the reader of our output has gone (`quintet ... | head`): nothing may be written to it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+
+
+def _leave(code: int) -> None:
+    """End this process, whose work is done, with the code that says so."""
+    if code == Stopped.exit_code:
+        # A launcher that ends the other ranks once the first has left must not make 143 of it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "torch" in sys.modules:
+        # Python's own way to end aborts the process (134) where a thread still lets go of a tensor inside of torch, as
+        # those of gloo may do for a while after the last collective.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def _dispatch(words: list[str]) -> int:

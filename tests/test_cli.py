@@ -47,6 +47,11 @@ def run(config: Config) -> None:
         raise RuntimeError("a fault of ours")
     elif config.act == "flood":
         print("x" * 1_000_000)
+    elif config.act == "thread":
+        import atexit, threading, torch
+        table = torch.ones(64, 64)
+        atexit.register(print, "at the end")
+        threading.Thread(target=lambda: [torch.mm(table, table) for _ in iter(int, 1)], daemon=True).start()
     elif config.act != "done":
         raise getattr(errors, config.act)(f"{config.act} it is")
     print(config.steps, config.objective, config.fresh, config.out)
@@ -194,6 +199,13 @@ def test_each_foreseen_end_has_its_code_and_one_message_without_a_traceback(
     assert capsys.readouterr().err == f"quintet stub: {error} it is\n"
     assert cli.main(["stub", "out=x", f"act={error}", "--debug"]) == code
     assert f"errors.{error}: {error} it is" in capsys.readouterr().err
+
+
+def test_a_thread_that_is_still_in_torch_spoils_no_exit_code() -> None:
+    """Left to Python the process aborts: 134, "terminate called without an active exception"."""
+    result = _python("sys.exit(cli.main())", "stub", "out=x", "act=thread")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "3 none False x\nat the end\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:

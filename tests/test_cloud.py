@@ -14,7 +14,9 @@ import pytest
 from test_resume import same_weights, trajectory
 from test_spot import Service, service
 
-from trainer import checkpoint
+from data import fetch
+from launcher import cli
+from trainer import checkpoint, remote
 
 __all__ = ["service"]  # a fixture
 
@@ -97,20 +99,21 @@ def test_a_spot_notice_stops_all_ranks_with_75_once_the_mirror_has_the_checkpoin
     assert json.loads((mirror_of(store) / "exit.json").read_text())["code"] == 75
 
 
-@pytest.mark.slow  # for the pauses between attempts
-def test_a_mirror_that_fails_never_stops_a_run_and_is_told(folder: Path) -> None:
+def test_a_mirror_that_fails_never_stops_a_run_and_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fetch, "FIRST_WAIT_SECONDS", 0.01)
     run_dir, store = folder / "unmirrored", folder / "full"
-    job = jobs.start(
-        jobs.command(1, jobs.settings(folder, run_dir=run_dir, steps=12, mirror=store)), folder / "full.log"
-    )
-    try:
-        wait_for(job, (store / "run.json").exists)
-        there = mirror_of(store)
-        there.write_text("a file where the run's folder should be")
-        assert job.wait(120) == 0
-    finally:
-        jobs.end(job)
-    said = (folder / "full.log").read_text()
+    begin = remote.Mirror.begin
+
+    def begin_and_break(mirror: remote.Mirror, run_id: str, saved: checkpoint.Checkpoint | None) -> None:
+        begin(mirror, run_id, saved)
+        mirror_of(store).write_text("a file where the run's folder should be")
+
+    monkeypatch.setattr(remote.Mirror, "begin", begin_and_break)
+    words = jobs.settings(folder, run_dir=run_dir, steps=12, mirror=store)
+    assert cli.main(["pretrain", *words]) == 0
+    said = capsys.readouterr().err
     assert "lacks the end of the run" in said or "lacks what was not copied" in said
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 0
     assert (run_dir / "model").is_dir()

@@ -119,7 +119,7 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        # Python ends a thread that is still inside torch when it ends itself, and with it, by abort, the whole process.
+        # One that is still inside torch when Python ends would abort the process (launcher/cli.py).
         for thread in self._threads:
             thread.join(_JOIN_SECONDS)
 
