@@ -55,6 +55,9 @@ def kill_after(folder: Path, name: str, arguments: list[str], run_dir: Path, ste
         jobs.wait_for_step(job, run_dir, 1)
         victim = jobs.rank_process(job, rank) if "--num_accelerators" in arguments else jobs.psutil.Process(job.pid)
         jobs.wait_for_step(job, run_dir, step)
+        while not list(run_dir.glob("checkpoints/step-*")):  # it is written beside the steps
+            assert job.poll() is None
+            time.sleep(0.02)
         jobs.kill(victim)
         killed_at = time.monotonic()
         assert job.wait(60) != 0

@@ -10,6 +10,8 @@ import os
 import pickle
 import signal
 import tarfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 
 from data.errors import UserError
 from launcher import cli
-from trainer import checkpoint, distributed
+from trainer import checkpoint, distributed, loop
 
 
 @pytest.fixture(scope="module")
@@ -191,19 +193,24 @@ def test_a_file_that_another_rank_is_still_writing_is_left_to_that_rank(
 ):
     from trainer import snapshot
 
-    describe, write = snapshot._describe, snapshot.write
+    describe, take = snapshot._describe, snapshot.take
 
     def described(model: Path, *parts: Any) -> None:
         describe(model, *parts)
         (model / ".tmpAbc").touch()  # the name under which safetensors writes
 
-    def written(staging: Path, **parts: Any) -> list[Path]:
-        files = write(staging, **parts)
-        (staging / "model/.tmpAbc").unlink()
-        return files
+    def taken(*parts: Any) -> Callable[[Path], list[Path]]:
+        write = take(*parts)
+
+        def written(staging: Path) -> list[Path]:
+            files = write(staging)
+            (staging / "model/.tmpAbc").unlink()
+            return files
+
+        return written
 
     monkeypatch.setattr(snapshot, "_describe", described)
-    monkeypatch.setattr(snapshot, "write", written)
+    monkeypatch.setattr(snapshot, "take", taken)
     assert pretrain(folder, run_dir=tmp_path / "run", steps=4) == 0
 
 
@@ -399,17 +406,56 @@ def test_the_user_error_for_a_wrong_rank_says_what_to_do(monkeypatch: pytest.Mon
 
 
 def test_a_stop_behind_a_checkpoint_writes_no_second_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    saved, save = [], checkpoint.save
+    saved = []
 
-    def save_and_stop(run_dir: Path, step: int, *values: Any, **named: Any) -> checkpoint.Checkpoint:
-        saved.append(step)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return save(run_dir, step, *values, **named)
+    class Stopping(checkpoint.Saving):
+        def __init__(self, run_dir: Path, step: int, *values: Any, **named: Any) -> None:
+            saved.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__(run_dir, step, *values, **named)
 
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    monkeypatch.setattr(checkpoint, "Saving", Stopping)
     changes = {"run_dir": tmp_path / "run", "steps": 4, "warmup_steps": 1, "save_every_steps": 2}
     assert [pretrain(folder, **changes) for _ in range(2)] == [75, 0]
     assert saved == [2, 4]
+
+
+def test_a_checkpoint_is_written_beside_the_steps_and_holds_the_state_after_its_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Compared with the checkpoint of a run that is stopped behind the same step, so that no other follows."""
+    changes = {"steps": 4, "warmup_steps": 1, "save_every_steps": 2, "keep_last": 2}
+    train_on, write_part = loop.Run._train_on, checkpoint._write_part
+
+    def train_and_stop(run: loop.Run, batch: Any) -> None:
+        train_on(run, batch)
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_train_on", train_and_stop)
+        assert pretrain(folder, run_dir=tmp_path / "stopped", **changes) == 75
+
+    two_steps_later = threading.Event()
+
+    def train_and_allow(run: loop.Run, batch: Any) -> None:
+        train_on(run, batch)
+        if run.step == 4:
+            two_steps_later.set()
+
+    def write_late(staging: Path, *rest: Any) -> None:
+        assert two_steps_later.wait(60)
+        write_part(staging, *rest)
+
+    monkeypatch.setattr(loop.Run, "_train_on", train_and_allow)
+    monkeypatch.setattr(checkpoint, "_write_part", write_late)
+    assert pretrain(folder, run_dir=tmp_path / "beside", **changes) == 0
+    stopped, beside = (checkpoint.load(tmp_path / name / "checkpoints/step-00000002") for name in ("stopped", "beside"))
+    assert beside.manifest["files"] == stopped.manifest["files"]
+    saved = [
+        (row["train/step"], row["ckpt/last_step"]) for row in jobs.metrics(tmp_path / "beside") if "ckpt/bytes" in row
+    ]
+    assert saved == [(4, 2), (4, 4)]
 
 
 def test_secrets_of_the_environment_are_in_no_file_of_the_run(folder: Path, tmp_path: Path):

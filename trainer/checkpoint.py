@@ -19,9 +19,10 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,54 +97,88 @@ def save(
     ranks: Ranks = OneProcess(),
     at: Callable[[str], None] = _no_hook,
 ) -> Checkpoint:
-    """Write and publish the checkpoint of `step`; every rank must call it.
+    """Write and publish the checkpoint of `step`, as `Saving` does, and wait for it."""
+    return Saving(run_dir, step, write, state, ranks=ranks, at=at).publish()
+
+
+class Saving:
+    """The checkpoint of `step`, being written by a thread of every rank; every rank must make and publish it.
 
     Args:
-        write: called on every rank with the staging folder; writes this rank's files below it and returns their paths.
-            Files that no rank names are read and listed by rank 0, so a caller of one file system may return None.
+        write: called on every rank, in the thread, with the staging folder; writes this rank's files below it and
+            returns their paths. Files that no rank names are read and listed by rank 0, so a caller of one file system
+            may return None.
         state: plain data for the manifest (stage, data state, config hash, W&B run id, versions); rank 0's counts.
         at: called at every point of the save where a process may die.
 
-    Returns the checkpoint; on ranks other than 0 its manifest lists no files.
     Raises SaveError on every rank when one rank failed, after removing what was written. A failure that is no matter of
     files (neither OSError nor RuntimeError, which torch raises for a full disk) keeps its own type on its rank.
     """
-    parent = Path(run_dir) / "checkpoints"
-    staging = parent / f".staging-{folder_name(step)}"
-    own = {"format": FORMAT, "step": step, "world_size": ranks.world, "time": time.time(), "files": {}}
-    assert not {*own, "digest"} & set(state), sorted(state)
-    manifest: dict[str, Any] = {**state, **own}
-    first = ranks.rank == 0
-    for part in (
-        lambda: _stage(staging, at) if first else None,
-        lambda: _write_part(staging, ranks.rank, write, at),
-        lambda: _seal(staging, parent / folder_name(step), manifest, at) if first else None,
-    ):
-        _together(part, ranks, staging, step)
-    return Checkpoint(parent / folder_name(step), step, manifest)
 
+    def __init__(
+        self,
+        run_dir: str | Path,
+        step: int,
+        write: Callable[[Path], Iterable[Path] | None],
+        state: Mapping[str, Any],
+        *,
+        ranks: Ranks = OneProcess(),
+        at: Callable[[str], None] = _no_hook,
+    ) -> None:
+        self._ranks, self._at, self.step = ranks, at, step
+        self._final = Path(run_dir) / "checkpoints" / folder_name(step)
+        self._staging = self._final.with_name(f".staging-{folder_name(step)}")
+        own = {"format": FORMAT, "step": step, "world_size": ranks.world, "time": time.time(), "files": {}}
+        assert not {*own, "digest"} & set(state), sorted(state)
+        self._manifest: dict[str, Any] = {**state, **own}
+        self._together(lambda: _stage(self._staging, at) if ranks.rank == 0 else None)
+        self._part: Future[None] = Future()
+        # No error of the run waits for it: what it leaves is removed at the next start.
+        threading.Thread(target=self._write, args=(write,), name="checkpoint", daemon=True).start()
 
-def _together(part: Callable[[], object], ranks: Ranks, staging: Path, step: int) -> None:
-    """Run one part of a save on every rank, agree on its outcome, and raise everywhere when it failed anywhere."""
-    failure: Exception | None = None
-    try:
-        part()
-    except Exception as error:
-        failure = error
-    if ranks.all(failure is None):
-        return
-    if ranks.rank == 0:
-        _try_remove(staging)
-    ranks.all(True)  # nobody goes on, and perhaps saves again, before the folder is gone
-    if failure is None:
-        raise SaveError(
-            f"the checkpoint of step {step} was given up: another rank could not write it (its log says why)"
-        )
-    if isinstance(failure, OSError | RuntimeError):
-        raise SaveError(
-            f"the checkpoint of step {step} could not be written to {staging.parent}: {failure}"
-        ) from failure
-    raise failure
+    def _write(self, write: Callable[[Path], Iterable[Path] | None]) -> None:
+        try:
+            _write_part(self._staging, self._ranks.rank, write, self._at)
+        except BaseException as error:
+            self._part.set_exception(error)
+        else:
+            self._part.set_result(None)
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's part is written, or could not be: `publish` will not wait for it. Local."""
+        return self._part.done()
+
+    def publish(self) -> Checkpoint:
+        """Wait for the parts of all ranks, and give the checkpoint its name.
+
+        Returns the checkpoint; on ranks other than 0 its manifest lists no files.
+        """
+        self._together(self._part.result)
+        self._together(self._seal if self._ranks.rank == 0 else lambda: None)
+        return Checkpoint(self._final, self.step, self._manifest)
+
+    def _seal(self) -> None:
+        _seal(self._staging, self._final, self._manifest, self._at)
+
+    def _together(self, part: Callable[[], object]) -> None:
+        """Run one part of a save on every rank, agree on its outcome, and raise everywhere when it failed anywhere."""
+        failure: Exception | None = None
+        try:
+            part()
+        except Exception as error:
+            failure = error
+        if self._ranks.all(failure is None):
+            return
+        if self._ranks.rank == 0:
+            _try_remove(self._staging)
+        self._ranks.all(True)  # nobody goes on, and perhaps saves again, before the folder is gone
+        what = f"the checkpoint of step {self.step}"
+        if failure is None:
+            raise SaveError(f"{what} was given up: another rank could not write it (its log says why)")
+        if isinstance(failure, OSError | RuntimeError):
+            raise SaveError(f"{what} could not be written to {self._staging.parent}: {failure}") from failure
+        raise failure
 
 
 def _stage(staging: Path, at: Callable[[str], None]) -> None:

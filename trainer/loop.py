@@ -9,9 +9,8 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -86,8 +85,10 @@ class Run:
     bad_records: int = 0
     unscored: int = 0
     failed_saves: int = 0
+    saving: checkpoint.Saving | None = None  # the checkpoint that is being written
     saved_step: int = 0  # of the newest checkpoint
-    saved_at: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=time.monotonic)  # when the last one was begun
+    stalled: float = 0.0  # for how long no step was taken for it
 
     def train(self, stop: StopRequest) -> None:
         """Step to the end; save, evaluate and log on the way. Leaves a checkpoint of the last step."""
@@ -115,9 +116,13 @@ class Run:
         bad, lacking = (sum(batch.bad.values()), len(batch.unscored)) if batch else (0, 0)
         code = error.exit_code if error else 0
         self.dog.at("meet", self.step)
-        # The last step's loss rides along: it needs no collective of its own, and has long been computed.
-        mine = [float(stop.requested), float(bad), float(code), float(lacking), self.guard.last_loss()]
-        stops, bad_everywhere, failed, lacking_everywhere, loss = distributed.sums(mine)
+        # The last step's loss rides along, and whether this rank has written its part of a checkpoint: neither needs a
+        # collective of its own.
+        written = self.saving is not None and self.saving.written
+        mine = [float(stop.requested), float(bad), float(code), float(lacking), self.guard.last_loss(), float(written)]
+        stops, bad_everywhere, failed, lacking_everywhere, loss, parts = distributed.sums(mine)
+        if parts == distributed.world() or failed:
+            self._settle()
         if failed:
             with distributed.together():  # all have learned of it: the first that met an error tells
                 if error is not None:
@@ -135,6 +140,7 @@ class Run:
     def _stop(self) -> NoReturn:
         if self.step == 0:  # there is nothing to save, nor any state of the optimizer
             distributed.end(Stopped("stopped before the first step; start the same command to begin again"))
+        self._settle()
         if self.saved_step != self.step:
             self._save(must=True)
         distributed.end(Stopped(f"stopped at step {self.step} after a checkpoint; start the same command to go on"))
@@ -156,6 +162,7 @@ class Run:
                 return batch
             what = f"step {self.step} lacks scores of {int(lacking)} pairs (source {batch.source or 'mixed'})"
             if over:
+                self._settle()
                 waits = f"scores_wait_minutes={config.scores_wait_minutes:g}"
                 mend = f"is a `quintet distill scores={config.scores}` running on these shards?"
                 distributed.end(UserError(f"scores={config.scores}: {what} after {waits}; {mend}"))
@@ -169,6 +176,7 @@ class Run:
     def _count_bad(self, more: int) -> None:
         self.bad_records += more
         if self.bad_records > self.config.max_bad_records:
+            self._settle()
             limit = f"max_bad_records={self.config.max_bad_records}"
             what = f"{self.bad_records} damaged records, more than {limit}"
             distributed.end(DataError(f"{what}; the warnings above name the shards: mend them, or raise the limit"))
@@ -216,37 +224,65 @@ class Run:
         self.meter.pause()
 
     def _save(self, *, must: bool) -> None:
-        """Write a checkpoint. One that fails is reported and the run goes on, unless it `must` be."""
+        """Begin a checkpoint, which is written beside the steps that follow. One that `must` be is waited for.
+
+        One that fails is reported and the run goes on, unless it must be.
+        """
         if self.guard.skipped_in_a_row and not must:
             return  # a state that has begun to diverge is not published
+        self._settle()
         self.dog.at("save", self.step)
         if not distributed.all_ok(not self.lease.lost):
             raise UserError(f"run_dir={self.config.run_dir}: another job has taken over this folder; stop one of them")
         self.guard.before_save(self.step)
-        begin, parts = time.monotonic(), self.parts
-        write = partial(snapshot.write, engine=parts.engine, tokenizer=parts.tokenizer, describe=parts.task.describe)
+        self.saved_at, parts = time.monotonic(), self.parts
+        write = snapshot.take(parts.engine, parts.tokenizer, parts.task.describe)
+        with self._failing_saves(must):
+            run_dir, state = self.config.run_dir, self._state()
+            self.saving = checkpoint.Saving(run_dir, self.step, write, state, ranks=distributed.Job())
+        self.stalled = time.monotonic() - self.saved_at
+        # A spike goes back to the newest checkpoint before it: which one that is must not depend on the disk's pace.
+        rolls_back = self.config.spike.factor and self.config.spike.action == "rollback"
+        if must or rolls_back:
+            self._publish(must=must)
+        self.meter.pause()
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        if self.saving:
+            self._publish(must=False)
+
+    def _publish(self, *, must: bool) -> None:
+        """Give the checkpoint that is being written its name, once all ranks have written their parts."""
+        self.dog.at("save", self.step)
+        begin, saving, self.saving = time.monotonic(), self.saving, None
+        if saving is None:
+            return  # it has failed at its beginning
+        with self._failing_saves(must):
+            saved = saving.publish()
+            self.saved_step = saved.step
+            self.mirror.send(saved)
+            if distributed.rank() == 0:
+                keep = self.config.keep_last, self.config.keep_every
+                checkpoint.prune(self.config.run_dir, *keep, spare=self.mirror.held)
+            now = time.monotonic()
+            values = {"save_s": now - self.saved_at, "stall_s": self.stalled + now - begin, "bytes": saved.bytes}
+            values |= {"last_step": saved.step, "failures": self.failed_saves, **self.mirror.figures()}
+            self.monitor.log(self.step, {f"ckpt/{name}": value for name, value in values.items()})
+        for text in self.mirror.news():
+            self.monitor.alert("mirror", text)
+        self.meter.pause()
+
+    @contextmanager
+    def _failing_saves(self, must: bool) -> Iterator[None]:
+        """Report and count a checkpoint that fails inside, and go on unless it must be."""
         try:
-            saved = checkpoint.save(self.config.run_dir, self.step, write, self._state(), ranks=distributed.Job())
+            yield
         except SaveError as error:
             self.failed_saves += 1
             self.monitor.alert("checkpoint failed", str(error))
             if must:
                 raise
-            return
-        finally:
-            self.saved_at = time.monotonic()
-            self.meter.pause()
-        self.saved_step = self.step
-        self.mirror.send(saved)
-        for text in self.mirror.news():
-            self.monitor.alert("mirror", text)
-        if distributed.rank() == 0:
-            keep = self.config.keep_last, self.config.keep_every
-            checkpoint.prune(self.config.run_dir, *keep, spare=self.mirror.held)
-        values = {"save_s": time.monotonic() - begin, "bytes": saved.bytes, "last_step": self.step}
-        values["failures"] = self.failed_saves
-        values |= self.mirror.figures()
-        self.monitor.log(self.step, {f"ckpt/{name}": value for name, value in values.items()})
 
     def _state(self) -> dict[str, Any]:
         """What a resumed run must know and cannot compute: plain data for the checkpoint's manifest."""

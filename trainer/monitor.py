@@ -73,7 +73,8 @@ METRICS: dict[str, Metric] = {
     "data/samples_unscored": Metric("sample", "pairs trained without scores that a teacher should have given"),
     "data/scored_frac": Metric("frac", "pairs with scores of the teacher for all their passages"),
     "data/padding_frac": Metric("frac", "share of padding among the tokens computed"),
-    "ckpt/save_s": Metric("s", "time of the save"),
+    "ckpt/save_s": Metric("s", "time from the beginning of a save until the checkpoint is complete"),
+    "ckpt/stall_s": Metric("s", "the part of it in which no step was taken"),
     "ckpt/bytes": Metric("byte", "size of the checkpoint"),
     "ckpt/last_step": Metric("step", "step of the newest complete checkpoint"),
     "ckpt/failures": Metric("1", "saves that failed since the start"),
@@ -365,6 +366,7 @@ _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("perf/mem_gib", "mem", "{:.2f}GiB".format),
     ("perf/eta_h", "eta", lambda hours: _hours(hours)),
     ("ckpt/save_s", "save", "{:.1f}s".format),
+    ("ckpt/stall_s", "stall", "{:.1f}s".format),
 )
 _LINE_BYTES = 200
 

@@ -26,28 +26,32 @@ from trainer.engine import MOMENTS, Engine
 _PREFIX = "backbone."
 
 
-def write(folder: Path, engine: Engine, tokenizer: Any, describe: Callable[[Path], None]) -> list[Path]:
-    """Write this rank's part of a checkpoint below `folder`, a collective; return the files written.
+def take(engine: Engine, tokenizer: Any, describe: Callable[[Path], None]) -> Callable[[Path], list[Path]]:
+    """Copy this rank's part of a checkpoint to the host, a collective; return what writes it below a folder.
 
+    That is local, and may run in a thread beside the training: it returns the files that it has written.
     `describe` adds to the model's folder what its readers must know beside the backbone.
     """
     owners = _owners(engine.shapes)
     weights = {name.removeprefix(_PREFIX): (name, engine.weight, ()) for name in engine.shapes}
     state = {f"{key}/{name}": (name, engine.moment, (key,)) for name in engine.trained() for key in MOMENTS}
-    # Reads are collectives, and writes may fail on one rank: all reads come first, so that nobody waits for it.
     own_weights, own_state = _owned(owners, weights), _owned(owners, state)
-    rank = distributed.rank()
-    files = [
-        _save(folder / "model" / _weights_file(rank), own_weights),
-        _save(folder / "optimizer" / f"moments-{rank:05d}.safetensors", own_state),
-    ]
-    if rank == 0:
-        _describe(folder / "model", engine, tokenizer, owners)
-        describe(folder / "model")
-        # Hidden is what another rank is just writing there: safetensors gives a file its name when it is whole.
-        found = (file for file in (folder / "model").iterdir() if not file.name.startswith("."))
-        files += [file for file in found if file.suffix != ".safetensors"]
-    return [file for file in files if file.is_file()]
+
+    def write(folder: Path) -> list[Path]:
+        rank = distributed.rank()
+        files = [
+            _save(folder / "model" / _weights_file(rank), own_weights),
+            _save(folder / "optimizer" / f"moments-{rank:05d}.safetensors", own_state),
+        ]
+        if rank == 0:
+            _describe(folder / "model", engine, tokenizer, owners)
+            describe(folder / "model")
+            # Hidden is what another rank is just writing there: safetensors gives a file its name when it is whole.
+            found = (file for file in (folder / "model").iterdir() if not file.name.startswith("."))
+            files += [file for file in found if file.suffix != ".safetensors"]
+        return [file for file in files if file.is_file()]
+
+    return write
 
 
 def size(parameters: int) -> int:
