@@ -458,6 +458,28 @@ def test_a_checkpoint_is_written_beside_the_steps_and_holds_the_state_after_its_
     assert saved == [(4, 2), (4, 4)]
 
 
+def test_a_job_whose_folder_was_taken_over_publishes_nothing_any_more(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    taken_over, train_on, write_part = threading.Event(), loop.Run._train_on, checkpoint._write_part
+
+    def train_and_lose(run: loop.Run, batch: Any) -> None:
+        train_on(run, batch)
+        if run.step == 3:
+            run.lease.lost = True
+            taken_over.set()
+
+    def write_late(staging: Path, *rest: Any) -> None:
+        assert taken_over.wait(60)
+        write_part(staging, *rest)
+
+    monkeypatch.setattr(loop.Run, "_train_on", train_and_lose)
+    monkeypatch.setattr(checkpoint, "_write_part", write_late)
+    assert pretrain(folder, run_dir=tmp_path / "run", steps=4, warmup_steps=1, save_every_steps=2) == 2
+    assert "another job has taken over this folder" in capsys.readouterr().err
+    assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
 def test_secrets_of_the_environment_are_in_no_file_of_the_run(folder: Path, tmp_path: Path):
     """With a real offline W&B run: logs, metrics, W&B's files, checkpoint, manifest and model card are searched."""
     secrets = {

@@ -232,8 +232,7 @@ class Run:
             return  # a state that has begun to diverge is not published
         self._settle()
         self.dog.at("save", self.step)
-        if not distributed.all_ok(not self.lease.lost):
-            raise UserError(f"run_dir={self.config.run_dir}: another job has taken over this folder; stop one of them")
+        self._check_lease()
         self.guard.before_save(self.step)
         self.saved_at, parts = time.monotonic(), self.parts
         write = snapshot.take(parts.engine, parts.tokenizer, parts.task.describe)
@@ -258,6 +257,7 @@ class Run:
         begin, saving, self.saving = time.monotonic(), self.saving, None
         if saving is None:
             return  # it has failed at its beginning
+        self._check_lease()
         with self._failing_saves(must):
             saved = saving.publish()
             self.saved_step = saved.step
@@ -272,6 +272,10 @@ class Run:
         for text in self.mirror.news():
             self.monitor.alert("mirror", text)
         self.meter.pause()
+
+    def _check_lease(self) -> None:
+        if not distributed.all_ok(not self.lease.lost):
+            raise UserError(f"run_dir={self.config.run_dir}: another job has taken over this folder; stop one of them")
 
     @contextmanager
     def _failing_saves(self, must: bool) -> Iterator[None]:
