@@ -706,7 +706,7 @@ def test_ranks_whose_port_is_taken_are_told_to_take_another() -> None:
 
 @pytest.mark.slow
 def test_a_rank_behind_a_slow_cable_is_named() -> None:
-    """Three network namespaces on a bridge, one of which sends at 200 Mbit/s: by far the slowest, on a busy machine too."""
+    """Three network namespaces on a bridge, one of which sends at 200 Mbit/s, far less than a busy machine does."""
     if os.geteuid() or not shutil.which("tc", path=SBIN):
         pytest.skip("needs root and iproute2")
     names = [f"qdoctor{number}" for number in range(3)]
