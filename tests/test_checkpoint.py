@@ -40,7 +40,7 @@ def _write(step: int) -> Callable[[Path], list[Path]]:
 
 
 def _save(run_dir: Path, step: int) -> checkpoint.Checkpoint:
-    return checkpoint.save(run_dir, step, _write(step), STATE)
+    return checkpoint.Saving(run_dir, step, _write(step), STATE).publish()
 
 
 def _steps(run_dir: Path) -> list[str]:
@@ -71,7 +71,7 @@ def test_a_run_without_checkpoints_starts_at_the_beginning(tmp_path: Path) -> No
 
 def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000, 5):
-        checkpoint.save(tmp_path, step, lambda staging: None, {})
+        checkpoint.Saving(tmp_path, step, lambda staging: None, {}).publish()
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found.step == 100_000_000
@@ -102,7 +102,7 @@ def write(staging):
     at("all written")
     return files
 
-checkpoint.save(run_dir, step, write, STATE, at=at)
+checkpoint.Saving(run_dir, step, write, STATE, at=at).publish()
 at("published")
 checkpoint.prune(run_dir, 1)
 """
@@ -234,7 +234,7 @@ def _full(staging: Path) -> None:
 def test_a_full_disk_leaves_the_older_checkpoint_and_no_rest(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     with pytest.raises(SaveError, match="No space left on device"):
-        checkpoint.save(tmp_path, 2, _full, STATE)
+        checkpoint.Saving(tmp_path, 2, _full, STATE).publish()
     assert _steps(tmp_path) == ["step-00000001"]
     assert _holds(checkpoint.newest(tmp_path), 1)
     assert _holds(_save(tmp_path, 2), 2)
@@ -262,7 +262,7 @@ def test_a_fault_of_the_program_keeps_its_type(tmp_path: Path) -> None:
         raise KeyError("weights")
 
     with pytest.raises(KeyError):
-        checkpoint.save(tmp_path, 1, write, STATE)
+        checkpoint.Saving(tmp_path, 1, write, STATE).publish()
     assert _steps(tmp_path) == []
 
 
@@ -326,7 +326,9 @@ def _write_shard(rank: int, fails: int = -1) -> Callable[[Path], list[Path]]:
 
 
 def test_every_ranks_files_are_in_one_manifest(tmp_path: Path) -> None:
-    outcomes = _on_ranks(3, lambda ranks: checkpoint.save(tmp_path, 1, _write_shard(ranks.rank), STATE, ranks=ranks))
+    outcomes = _on_ranks(
+        3, lambda ranks: checkpoint.Saving(tmp_path, 1, _write_shard(ranks.rank), STATE, ranks=ranks).publish()
+    )
     assert [outcome.step for outcome in outcomes] == [1, 1, 1]
     found = checkpoint.newest(tmp_path)
     assert found is not None
@@ -338,7 +340,7 @@ def test_every_ranks_files_are_in_one_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fails", [0, 1, 2])
 def test_one_failing_rank_stops_the_save_on_all(fails: int, tmp_path: Path) -> None:
     def work(ranks: _Threads) -> checkpoint.Checkpoint:
-        return checkpoint.save(tmp_path, 1, _write_shard(ranks.rank, fails), STATE, ranks=ranks)
+        return checkpoint.Saving(tmp_path, 1, _write_shard(ranks.rank, fails), STATE, ranks=ranks).publish()
 
     outcomes = _on_ranks(3, work)
     assert [type(outcome) for outcome in outcomes] == [SaveError] * 3

@@ -446,7 +446,7 @@ def test_a_run_folder_stands_for_its_model_or_its_newest_checkpoint(prepared: Pa
     (run / "config.yaml").write_text("steps: 1\n", encoding="utf-8")
     with pytest.raises(UserError, match="neither a model/ nor a checkpoint"):
         weights(run)
-    saved = checkpoint.save(run, 7, lambda staging: shutil.copytree(first, staging / "model") and None, {})
+    saved = checkpoint.Saving(run, 7, lambda staging: shutil.copytree(first, staging / "model") and None, {}).publish()
     assert weights(run) == weights(saved.folder) == weights(first)
     shutil.copytree(second, run / "model")
     assert weights(run) == weights(second) != weights(first)

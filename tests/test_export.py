@@ -186,7 +186,7 @@ def run_dir(tmp_path: Path) -> Path:
         def write(staging: Path, source: Path = source) -> None:
             shutil.copytree(source, staging / "model")
 
-        checkpoint.save(run_dir, step, write, {})
+        checkpoint.Saving(run_dir, step, write, {}).publish()
     config = {"model": {"path": "intfloat/e5-small", "token": "${oc.env:SECRET}"}, "lr": 2e-4, "steps": 10}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     scores = {"ndcg_at_10": 0.5, "mrr_at_10": 0.4, "recall_at_100": 0.9, "accuracy_at_1": 0.25}

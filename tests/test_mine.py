@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import faiss
 import kills
 import numpy as np
 import pairs
@@ -24,7 +25,7 @@ from data.shards import ShardWriter, load_index, read_block, write_index
 from data.tokens import TextEncoder, fingerprint, load_tokenizer
 from launcher import config as configuration
 from launcher.cli import main
-from trainer import mine
+from trainer import approximate, mine
 from trainer.embed import Embedder, load_model
 
 COUNT = 4
@@ -321,6 +322,19 @@ def _scores(embedder: Embedder, row: dict[str, Any]) -> np.ndarray:
     query, *negatives = torch.cat([embedder([text]) for text in texts]).double().numpy()
     scores: np.ndarray = np.stack(negatives) @ query
     return scores
+
+
+def test_scores_of_what_an_index_proposes_are_exact_where_its_own_are_not(tmp_path: Path) -> None:
+    """So a margin means the same with it. The index keeps each number in four bits."""
+    generator = torch.Generator().manual_seed(1)
+    vectors, queries = (torch.nn.functional.normalize(torch.randn(n, 16, generator=generator)) for n in (400, 9))
+    approximate.build(tmp_path / "index", vectors, "SQ4")
+    scores, places = approximate.Index(tmp_path / "index").search(queries, vectors, 8)
+    exact = (queries[:, None].double() * vectors[places].double()).sum(dim=2)
+    torch.testing.assert_close(scores.double(), exact, rtol=0, atol=1e-6)
+    own = faiss.read_index(str(tmp_path / "index")).search(queries.numpy(), 8)[0]
+    assert np.abs(np.sort(own) - np.sort(exact.numpy())).max() > 1e-3
+    assert bool((scores.diff(dim=1) <= 0).all())
 
 
 def test_where_an_index_finds_too_little_random_passages_fill_up(folder: Path, tmp_path: Path) -> None:

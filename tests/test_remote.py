@@ -68,7 +68,7 @@ def save(run_dir: Path, step: int, content: bytes = b"weights") -> checkpoint.Ch
         (staging / "model" / "weights.bin").write_bytes(content * step)
         (staging / "moments.bin").write_bytes(str(step).encode() * 500)
 
-    return checkpoint.save(run_dir, step, write, {})
+    return checkpoint.Saving(run_dir, step, write, {}).publish()
 
 
 def run_folder(folder: Path, run_id: str = ID) -> Path:

@@ -88,19 +88,6 @@ def _no_hook(point: str) -> None:
     """The default of `at`: tests pass one that kills the process at a named point."""
 
 
-def save(
-    run_dir: str | Path,
-    step: int,
-    write: Callable[[Path], Iterable[Path] | None],
-    state: Mapping[str, Any],
-    *,
-    ranks: Ranks = OneProcess(),
-    at: Callable[[str], None] = _no_hook,
-) -> Checkpoint:
-    """Write and publish the checkpoint of `step`, as `Saving` does, and wait for it."""
-    return Saving(run_dir, step, write, state, ranks=ranks, at=at).publish()
-
-
 class Saving:
     """The checkpoint of `step`, being written by a thread of every rank; every rank must make and publish it.
 

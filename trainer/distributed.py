@@ -323,7 +323,7 @@ def end(error: QuintetError) -> NoReturn:
 
 
 class Job:
-    """This job's ranks, for what takes them as an object (checkpoint.save)."""
+    """This job's ranks, for what takes them as an object (checkpoint.Saving)."""
 
     rank = property(lambda self: rank())
     world = property(lambda self: world())
