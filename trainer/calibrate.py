@@ -61,17 +61,24 @@ class Sample:
     costs: tuple[float, ...]
 
 
-def measure(precision: str, device: torch.device) -> dict[str, Any]:
-    """Take the twenty steps; the content of a calibration. Collective."""
-    links = _measure_links(device) if distributed.world() > 1 else None
-    samples = [sample for shape in SHAPES for sample in _steps(shape, precision, device, links)]
+Clock = Callable[[], float]
+
+
+def measure(precision: str, device: torch.device, clock: Clock = time.perf_counter) -> dict[str, Any]:
+    """Take the twenty steps; the content of a calibration. Collective.
+
+    Args:
+        clock: in seconds. `time.process_time` is the steadier one of ranks of one thread on a busy machine.
+    """
+    links = _measure_links(device, clock) if distributed.world() > 1 else None
+    samples = [sample for shape in SHAPES for sample in _steps(shape, precision, device, links, clock)]
     found = fit(np.array([s.costs for s in samples]), np.array([s.seconds for s in samples]))
     products, elements, layer_pass, update, step = (float(value) for value in found)
     rates = Rates(
         products=1 / max(products, 1e-30),
         elements=1 / max(elements, 1e-30),
         layer_pass=layer_pass,
-        loss=_loss_rate(device),
+        loss=_loss_rate(device, clock),
         update=1 / max(update, 1e-30),
         step=step,
     )
@@ -143,7 +150,7 @@ def nonnegative(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def texts(lengths: np.ndarray, vocabulary: int, seed: int) -> Batch:
-    """A rank's batch of random token ids, all texts different; `lengths` are those of the queries, then the passages."""
+    """A rank's batch of random token ids, all texts different; `lengths` of the queries, then of the passages."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(5, vocabulary, int(lengths.sum())).astype(np.int32)
     pairs = len(lengths) // 2
@@ -172,22 +179,21 @@ def stepper(shape: Shape, precision: str, device: torch.device, compute: Compute
     return Stepper(engine, objective, 0, PADDING, compute.tokens_per_chunk, math.inf, compute.packed)
 
 
-def best_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+def best_seconds(run: Callable[[], object], device: torch.device, repeats: int, clock: Clock) -> float:
     """The shortest of some runs, each as long as the slowest rank takes. Collective."""
-    return min(seconds_of(run, device) for _ in range(repeats))
+    return min(_seconds(run, device, clock) for _ in range(repeats))
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """From the moment that all ranks have come here until the last has done. Collective."""
+def _seconds(run: Callable[[], object], device: torch.device, clock: Clock) -> float:
     distributed.barrier()
-    begin = time.perf_counter()
+    begin = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return distributed.agree_max(int(1e6 * (time.perf_counter() - begin))) / 1e6
+    return distributed.agree_max(int(1e6 * (clock() - begin))) / 1e6
 
 
-def _steps(shape: Shape, precision: str, device: torch.device, links: Links | None) -> list[Sample]:
+def _steps(shape: Shape, precision: str, device: torch.device, links: Links | None, clock: Clock) -> list[Sample]:
     """Steps of every kind; one more of each comes first and is not counted."""
     step = stepper(shape, precision, device, _compute(KINDS[0], precision, device))
     world, samples = distributed.world(), []
@@ -198,7 +204,7 @@ def _steps(shape: Shape, precision: str, device: torch.device, links: Links | No
         step.tokens_per_chunk = kind.chunk
         run = partial(step, batch, 0, 1e-4)
         run()
-        seconds = best_seconds(run, device, REPEATS)
+        seconds = best_seconds(run, device, REPEATS, clock)
         sent = costs.collectives(
             trained=shape.parameters, gathered=world * kind.pairs, size=shape.hidden, zero_stage=1, world=world
         )
@@ -218,11 +224,11 @@ def _scaled(kind: Kind, device: torch.device) -> Kind:
 def _compute(kind: Kind, precision: str, device: torch.device) -> Compute:
     half = precision == "bf16"
     if device.type == "cpu":
-        return costs.on_cpu(kind.chunk, half=half, dropout=True)
-    return costs.on_gpu(kind.chunk, half=half, dropout=True, packed=half)
+        return costs.Compute("cpu", kind.chunk, half=half, dropout=True)
+    return costs.Compute("gpu", kind.chunk, half=half, dropout=True, packed=half)
 
 
-def _loss_rate(device: torch.device, pairs: int = 1024, size: int = 256) -> float:
+def _loss_rate(device: torch.device, clock: Clock, pairs: int = 1024, size: int = 256) -> float:
     """FLOP/s of the loss stage on one rank's queries, masks and softmax included."""
     pairs *= 8 if device.type == "cuda" else 1
     numbers = torch.arange(pairs, device=device)
@@ -234,17 +240,17 @@ def _loss_rate(device: torch.device, pairs: int = 1024, size: int = 256) -> floa
             losses.info_nce(query.requires_grad_(), passage.requires_grad_(), identity, temperature=0.05)
 
     run()
-    return costs.loss_flop(pairs, pairs, size) / best_seconds(run, device, 3)
+    return costs.loss_flop(pairs, pairs, size) / best_seconds(run, device, 3, clock)
 
 
-def _measure_links(device: torch.device) -> Links:
-    """Of these ranks, taken as one node: what an all-reduce of 64 MiB sends a second, and how long one of 4 bytes takes."""
+def _measure_links(device: torch.device, clock: Clock) -> Links:
+    """Of these ranks, taken as one node: by all-reduces of 64 MiB, and of 4 bytes."""
     world = distributed.world()
     large, small = (torch.zeros(count, device=device) for count in (_RING_BYTES // 4, 1))
     for tensor in (large, small):
         distributed.sum_in_place(tensor)
-    seconds = best_seconds(partial(distributed.sum_in_place, large), device, 3)
-    hop = best_seconds(partial(distributed.sum_in_place, small), device, 10) / (2 * (world - 1))
+    seconds = best_seconds(partial(distributed.sum_in_place, large), device, 3, clock)
+    hop = best_seconds(partial(distributed.sum_in_place, small), device, 10, clock) / (2 * (world - 1))
     sent = 2 * (world - 1) / world * _RING_BYTES
     return Links(node=sent / seconds, network=sent / seconds, per_node=world, hop=hop)
 

@@ -24,8 +24,8 @@ class Card:
     network: float
 
 
-# Memory, peaks and bandwidth: NVIDIA's data sheets, dense figures. Links: half of NVLink's two-way figure, or 16 lanes of
-# PCIe 4. Network: of NVIDIA's own eight-GPU machines (HGX/DGX; 100 Gbit/s for those without one); clouds often have less.
+# Memory, peaks and bandwidth: NVIDIA's data sheets, dense figures. Links: half of NVLink's two-way figure, or 16 lanes
+# of PCIe 4. Network: of NVIDIA's own eight-GPU machines, 100 Gbit/s for those without one; clouds often have less.
 CARDS = {
     "h200": Card(141e9, 989e12, 494e12, 67e12, 4.8e12, 450e9, 8, 400e9),
     "h100": Card(80e9, 989e12, 494e12, 67e12, 3.35e12, 450e9, 8, 400e9),

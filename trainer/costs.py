@@ -92,29 +92,26 @@ def draw(law: Law, pairs: int, negatives: int, seed: int) -> Lengths:
 
 @dataclass(frozen=True)
 class Compute:
-    """How an encoder is run on a device.
+    """How an encoder is run: on a "cpu" or a "gpu", packed (without padding) or not, in bf16 (half) or not."""
 
-    packed: texts without padding. half: bf16 products. dropout: whether there is any. explicit_attention: attention's
-    weights are written out, as torch does on a CPU where they have dropout. draw: what a random number costs, in
-    elements written: 4 on a CPU (benchmarks/LOG.md), 1 on a GPU, whose kernels draw it on the way.
-    """
-
+    kind: str
     tokens_per_chunk: int
-    packed: bool
     half: bool
     dropout: bool
-    explicit_attention: bool
-    draw: int
+    packed: bool = False
 
+    @property
+    def explicit_attention(self) -> bool:
+        """Whether attention's weights are written out: torch does so on a CPU where they have dropout."""
+        return self.kind == "cpu" and self.dropout
 
-def on_cpu(tokens_per_chunk: int, *, half: bool, dropout: bool) -> Compute:
-    """How a CPU runs it."""
-    return Compute(tokens_per_chunk, False, half, dropout, explicit_attention=dropout, draw=4)
+    @property
+    def draw(self) -> int:
+        """What a random number costs, in numbers written.
 
-
-def on_gpu(tokens_per_chunk: int, *, half: bool, dropout: bool, packed: bool) -> Compute:
-    """How a GPU runs it: its kernels never write attention's weights out."""
-    return Compute(tokens_per_chunk, packed, half, dropout, explicit_attention=False, draw=1)
+        On a CPU about 4 by the fit of nine encoders (benchmarks/LOG.md); a GPU's kernels draw it on the way.
+        """
+        return 4 if self.kind == "cpu" else 1
 
 
 @dataclass(frozen=True)
@@ -200,14 +197,19 @@ def weight_bytes(shape: Shape, forwards: int, compute: Compute) -> float:
     return float(shape.products * (16 + (6 * forwards + 6) * compute.half))
 
 
+# Bytes that a layer holds for its backward: of every token for each number of the hidden state, for each intermediate
+# one, and with dropout for each hidden one besides. Counted by saved-tensor hooks (trainer/gradcache.py) on a CPU under
+# torch 2.13, where attention that is trained is fp32. Of a GPU the same less that, with masks of a byte: derived, and
+# never looked at.
+_SAVED = {("cpu", False): (32, 8, 8), ("cpu", True): (34, 4, 0), ("gpu", False): (32, 8, 2), ("gpu", True): (28, 4, 2)}
+
+
 def saved(shape: Shape, tokens: int, squares: int, compute: Compute) -> float:
     """Bytes that a forward pass of one chunk holds for its backward, beside the parameters.
 
-    Counted with saved-tensor hooks (trainer/gradcache.py) for torch 2.13 on a CPU: a layer holds in fp32 32 bytes a
-    token and hidden number and 8 an intermediate one, in bf16 about 28 and 4 (norms stay fp32) and the weights of its
-    products once more; dropout 8 or 4 more for its masks, and 12 a weight of attention that is written out.
+    To `_SAVED` come 12 bytes for each weight of attention that is written out, and under bf16 the cast weights.
     """
-    hidden, wide, masks = (28, 4, 4) if compute.half else (32, 8, 8)
+    hidden, wide, masks = _SAVED[compute.kind, compute.half]
     dense = (hidden + masks * compute.dropout) * shape.hidden + wide * shape.intermediate
     attention = 12 * shape.heads * squares if compute.explicit_attention else 0
     weights = BF16 * shape.products if compute.half else 0
@@ -225,9 +227,9 @@ def loss_flop(rows: int, candidates: int, size: int) -> float:
 def state_parts(parameters: int, zero_stage: int, world: int) -> dict[str, float]:
     """Bytes of the fp32 state that one of `world` ranks holds.
 
-    Rajbhandari et al. 2020 (arXiv 1910.02054), figure 1, with 4 bytes a number, and two things more: gradients are added
-    up over the chunks of a step before they are reduced, so that every rank holds them whole, and DeepSpeed's stages 1
-    to 3 update a copy of a rank's part of the weights (stage 3 has it twice), though those are fp32 already.
+    Rajbhandari et al. 2020 (arXiv 1910.02054), figure 1, with 4 bytes a number, and two things more: gradients are
+    added up over the chunks of a step before they are reduced, so that every rank holds them whole, and DeepSpeed's
+    stages 1 to 3 update a copy of a rank's part of the weights (stage 3 has it twice), though those are fp32 already.
     """
     share = 1 / world
     weights = {0: 1.0, 1: 1 + share, 2: 1 + share, 3: 3 * share}[zero_stage]

@@ -1,7 +1,7 @@
 """How long a step takes, from what it costs (trainer/costs.py) and how fast a machine is: pure functions, in seconds.
 
-Time is a sum, since nothing of a step overlaps: DeepSpeed's overlap is off, and ranks meet between the phases. Each term
-is a count over a rate; the rates are measured by trainer/calibrate.py, or assumed from a card's data sheet.
+Time is a sum, since nothing of a step overlaps: DeepSpeed's overlap is off, and ranks meet between the phases. Each
+term is a count over a rate; the rates are measured by trainer/calibrate.py, or assumed from a card's data sheet.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from trainer import costs
 from trainer.cards import Card
 from trainer.costs import FP32, Compute, Lengths, Shape, Work, state_parts
 
-# Bytes that the update moves for each trained parameter, by reading the code of the step in fp32: on every rank the table's
-# gradient, the copy into a bucket, the division, the copy back; of a rank's own part its copy, the norm, the clipping,
-# AdamW (4 read, 3 written) and the new weights.
+# Bytes that the update moves for each trained parameter, by reading the code of the step in fp32: on every rank the
+# table's gradient, the copy into a bucket, the division, the copy back; of a rank's own part its copy, the norm, the
+# clipping, AdamW (4 read, 3 written) and the new weights.
 UPDATE_REPLICATED, UPDATE_OWN = 40, 56
 BUCKET = 50_000_000  # numbers in one reduction; trainer/engine.py
 
@@ -43,8 +43,8 @@ class Rates:
 class Links:
     """How fast ranks exchange.
 
-    node: bytes/s that a rank sends inside its node. network: bytes/s that a node sends to the others. per_node: ranks of
-    a node. hop: seconds from one rank to the next, however little is sent.
+    node: bytes/s that a rank sends inside its node. network: bytes/s that a node sends to the others. per_node: ranks
+    of a node. hop: seconds from one rank to the next, however little is sent.
     """
 
     node: float
@@ -57,9 +57,9 @@ class Links:
         return self.node if world <= self.per_node else min(self.node, self.network)
 
 
-# What a card is assumed to reach of its data sheet where nothing was measured. The first three together are within 25% of
-# the six encodings in benchmarks/results/gpu-2026-11-26.json (H100, forward, bf16; tests/test_plan.py); those of the
-# loss, of the links and of a step are guesses.
+# What a card is assumed to reach of its data sheet where nothing was measured. Products, memory and layer passes
+# together are within 25% of the six encodings in benchmarks/results/gpu-2026-11-26.json (H100, forward, bf16;
+# tests/test_plan.py); those of the loss, of the links and of a step are guesses.
 PRODUCTS_SHARE, MEMORY_SHARE, LINK_SHARE = 0.6, 0.8, 0.8
 ELEMENT_BYTES = 6  # a number read and written, partly in bf16
 GPU_LAYER_PASS, GPU_STEP, GPU_HOP = 4e-4, 0.01, 5e-6
@@ -111,8 +111,8 @@ def bucket_bytes(trained: int, zero_stage: int) -> float:
 # --- a whole step -------------------------------------------------------------------------------------------------
 
 CUDA_BYTES = float(1 << 30)  # what CUDA, its kernels and NCCL take of a card beside tensors; a guess
-# Of the largest chunk's graph: what an H100 held in its backward, 300 KiB a token at 12 x 384 (trainer/device.py), is half
-# as much again as what a forward pass keeps.
+# Of the largest chunk's graph: what an H100 held in its backward, 300 KiB a token at 12 x 384 (trainer/device.py), is
+# half as much again as what a forward pass keeps.
 BACKWARD_SHARE = 1.5
 
 
@@ -146,9 +146,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step on `world` ranks. seconds, of the slowest rank, by part; memory, bytes of a rank, by part; sent, bytes that
-    a rank sends, by what for. imbalance: of the slowest rank's encoder over the mean, less 1. replayed: share of chunks
-    that go forward twice.
+    """A step on `world` ranks.
+
+    seconds: of the slowest rank, by part. memory: bytes of a rank, by part. sent: bytes that a rank sends, by what for.
+    imbalance: of the slowest rank's encoder over the mean, less 1. replayed: share of chunks that go forward twice.
     """
 
     world: int
@@ -169,7 +170,7 @@ def predict(job: Job, world: int, rates: Rates, links: Links, memory: float) -> 
     """The step of `job` on `world` ranks that have `memory` bytes each."""
     state = state_parts(job.shape.parameters, job.zero_stage, world)
     state["bucket"] = bucket_bytes(job.trained, job.zero_stage)
-    reserved = 0.0 if job.compute.draw > 1 else CUDA_BYTES
+    reserved = 0.0 if job.compute.kind == "cpu" else CUDA_BYTES
     budget = max(0.0, memory - state["weights"] - reserved) / 2 if job.budget is None else job.budget
     works = [costs.work(job.shape, job.share(rank, world), job.compute, budget) for rank in range(world)]
     times = [sum(encoder_seconds(work, rates).values()) for work in works]

@@ -1,4 +1,4 @@
-"""Stage `plan`: what a recipe would take on a cluster, before anybody pays for it; and what this machine measures for it."""
+"""Stage `plan`: what a recipe would take on a cluster, before anybody pays for it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class Config(train.Config):
             problems.append("cluster.gpus=[]: give numbers of GPUs, such as [8,64]")
         for gpus in self.cluster.gpus:
             if self.batch_size % gpus:
-                problems.append(f"cluster.gpus={gpus}: does not divide batch_size={self.batch_size}; give one that does")
+                problems.append(
+                    f"cluster.gpus={gpus}: does not divide batch_size={self.batch_size}; give one that does"
+                )
         return problems
 
 

@@ -14,7 +14,7 @@ from trainer import calibrate, cards, costs, distributed, work
 from trainer.cards import CARDS, Card
 from trainer.costs import PUBLISHED, Law, Shape
 from trainer.device import pick_device, training_chunk_tokens
-from trainer.estimate import LINK_SHARE, GPU_HOP, Job, Links, Prediction, Rates, assumed, predict
+from trainer.estimate import GPU_HOP, LINK_SHARE, Job, Links, Prediction, Rates, assumed, predict
 from trainer.monitor import summary
 from trainer.plan import ClusterConfig, Config
 from trainer.runfolder import write_json
@@ -48,7 +48,7 @@ def measure(config: Config) -> None:
 def _keep_calibration(file: str, found: dict[str, Any]) -> None:
     rates = found["rates"]
     rows: list[tuple[str, object]] = [
-        ("device", f"{found['device']}, {found['precision']}, {found['ranks']} ranks of {found['threads']} threads"),
+        ("device", f"{found['device']}, {found['precision']}, ranks: {found['ranks']}, threads: {found['threads']}"),
         ("products", f"{rates['products'] / 1e9:,.0f} GFLOP/s in the encoder, {rates['loss'] / 1e9:,.0f} in the loss"),
         ("between", f"{rates['elements'] / 1e6:,.0f} million numbers written a second"),
         ("calls", f"{1e3 * rates['layer_pass']:.3g} ms for a chunk's way through a layer"),
@@ -76,7 +76,7 @@ def plan(config: Config) -> None:
     summary(f"plan of {config.model.path}", _about(config, job, machine, predictions[0]))
     _print(config, rows)
     for row in rows:
-        print(f"{row['gpus']:,} {_unit(config)}: limited by {row['limited_by']}")
+        print(f"{row['gpus']:,} {_unit(config, row['gpus'])}: limited by {row['limited_by']}")
     for note in notes:
         print(f"note: {note}")
     if config.output:
@@ -129,7 +129,7 @@ def _shape_in(file: Path, path: str) -> Shape:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         sizes = [int(content[name]) for name in (*names, "max_position_embeddings")]
-        return Shape(*sizes, int(content.get("type_vocab_size", 2)))
+        return Shape(*sizes, types=int(content.get("type_vocab_size", 2)))  # type: ignore[misc]
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"model.path={path}: {file} does not tell the sizes of an encoder ({what})") from None
@@ -160,9 +160,9 @@ def _compute(config: Config, shape: Shape) -> costs.Compute:
     kind = "cpu" if config.cluster.device == "cpu" else "cuda"
     chunk = training_chunk_tokens(config.tokens_per_chunk, kind, shape.layers, shape.hidden)
     if kind == "cpu":
-        return costs.on_cpu(chunk, half=half, dropout=dropout)
+        return costs.Compute("cpu", chunk, half=half, dropout=dropout)
     packed = half and config.model.attention != "padded"
-    return costs.on_gpu(chunk, half=half, dropout=dropout, packed=packed)
+    return costs.Compute("gpu", chunk, half=half, dropout=dropout, packed=packed)
 
 
 # --- the machine -------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _host(cluster: ClusterConfig, found: dict[int, Any]) -> Machine:
 def _source(found: dict[int, Any]) -> str:
     one = next(iter(found.values()))
     ranks = " and ".join(map(str, sorted(found)))
-    return f"measured: {one['device']}, {one['precision']}, by {ranks} ranks of {one['threads']} threads a node"
+    return f"measured: {one['device']}, {one['precision']}, ranks in a node: {ranks}, threads of each: {one['threads']}"
 
 
 def _card(cluster: ClusterConfig) -> Card | None:
@@ -263,8 +263,8 @@ def _check_same(config: Config, file: str, content: dict[str, Any]) -> None:
     """A measurement is of the device and the precision that are planned for."""
     if content["precision"] != config.precision:
         raise UserError(
-            f"measured={file}: is of precision={content['precision']}, the recipe has {config.precision}; measure again "
-            f"with precision={config.precision}"
+            f"measured={file}: is of precision={content['precision']}, the recipe has {config.precision}; measure "
+            f"again with precision={config.precision}"
         )
     card = cards.named(str(content["device"]))
     if (card is None) != (config.cluster.device == "cpu") or (card and card != CARDS[config.cluster.device]):
@@ -331,8 +331,8 @@ def _notes(config: Config, machine: Machine) -> list[str]:
     return notes
 
 
-def _unit(config: Config) -> str:
-    return "ranks" if config.cluster.device == "cpu" else "GPUs"
+def _unit(config: Config, count: int = 2) -> str:
+    return ("rank" if config.cluster.device == "cpu" else "GPU") + ("s" if count > 1 else "")
 
 
 def _print(config: Config, rows: list[dict[str, Any]]) -> None:
