@@ -246,9 +246,11 @@ def test_the_fit_finds_the_rates_that_times_were_made_from_though_one_step_was_h
     counts = generator.lognormal(0, 2, (10, 4)) * [1e12, 1e9, 100, 1e9]
     rates = np.array([1e-12, 2e-9, 1e-3, 0.0])
     seconds = counts @ rates
-    assert calibrate.fit(counts, seconds) == pytest.approx(rates, rel=1e-3, abs=1e-12)
-    seconds[3] *= 2
-    assert calibrate.fit(counts, seconds) == pytest.approx(rates, rel=0.05, abs=1e-11)
+    assert calibrate.fit(counts, seconds, np.zeros(4)) == pytest.approx(rates, rel=1e-3, abs=1e-12)
+    held_up = seconds * np.where(np.arange(10) == 3, 2, 1)
+    assert calibrate.fit(counts, held_up, np.zeros(4)) == pytest.approx(rates, rel=0.05, abs=1e-11)
+    least = np.array([2e-12, 0, 0, 0])
+    assert calibrate.fit(counts, seconds, least)[0] == 2e-12  # no product is faster than a bare one
 
 
 def test_least_squares_without_negative_numbers_is_the_best_at_its_bounds() -> None:

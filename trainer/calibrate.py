@@ -1,8 +1,9 @@
 """Measures how fast this machine trains, in twenty steps of the real engine; what trainer/estimate.py predicts with.
 
 Two small encoders, narrow and wide, take steps of few and of many tokens, of short and of long texts, in few and in
-many chunks, so that the terms of the model can be told apart; its rates are those, none negative, with the least sum of
-relative errors. All ranks of a job measure together: then the link between them is measured, too.
+many chunks, so that the terms of the model can be told apart. Its rates have the least sum of relative errors, are
+never negative, and no product is faster than a bare one. Ranks of a job measure together: then the link between them is
+measured, too.
 """
 
 from __future__ import annotations
@@ -72,10 +73,11 @@ def measure(precision: str, device: torch.device, clock: Clock = time.perf_count
     """
     links = _measure_links(device, clock) if distributed.world() > 1 else None
     samples = [sample for shape in SHAPES for sample in _steps(shape, precision, device, links, clock)]
-    found = fit(np.array([s.costs for s in samples]), np.array([s.seconds for s in samples]))
+    least = np.array([1 / _product_rate(precision, device, clock), 0.0, 0.0, 0.0, 0.0])
+    found = fit(np.array([s.costs for s in samples]), np.array([s.seconds for s in samples]), least)
     products, elements, layer_pass, update, step = (float(value) for value in found)
     rates = Rates(
-        products=1 / max(products, 1e-30),
+        products=1 / products,
         elements=1 / max(elements, 1e-30),
         layer_pass=layer_pass,
         loss=_loss_rate(device, clock),
@@ -116,15 +118,15 @@ def read(file: str) -> dict[str, Any]:
     return content
 
 
-def fit(costs: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """The x >= 0 with the least sum of relative errors of costs @ x against seconds, about: [n, k], [n] -> [k].
+def fit(costs: np.ndarray, seconds: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """The x >= least with about the least sum of relative errors of costs @ x against seconds: [n, k], [n], [k] -> [k].
 
     Least absolute errors by reweighted least squares (Schlossmacher 1973), so that a step which other work on the
     machine held up counts little.
     """
-    weights = np.ones(len(seconds))
+    weights, beyond = np.ones(len(seconds)), 1 - costs @ least / seconds
     for _ in range(20):
-        x = nonnegative(costs / seconds[:, None] * weights[:, None], weights)
+        x = least + nonnegative(costs / seconds[:, None] * weights[:, None], beyond * weights)
         weights = 1 / np.sqrt(np.maximum(np.abs(costs @ x / seconds - 1), 0.02))
     return x
 
@@ -226,6 +228,16 @@ def _compute(kind: Kind, precision: str, device: torch.device) -> Compute:
     if device.type == "cpu":
         return costs.Compute("cpu", kind.chunk, half=half, dropout=True)
     return costs.Compute("gpu", kind.chunk, half=half, dropout=True, packed=half)
+
+
+def _product_rate(precision: str, device: torch.device, clock: Clock, size: int = 512) -> float:
+    """FLOP/s of a bare product of the wider encoder's."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rows = 2048 if device.type == "cpu" else 32_768
+    left = torch.randn(rows, size, device=device, dtype=dtype)
+    right = torch.randn(size, 4 * size, device=device, dtype=dtype)
+    torch.mm(left, right)
+    return 2.0 * rows * size * 4 * size / best_seconds(partial(torch.mm, left, right), device, 10, clock)
 
 
 def _loss_rate(device: torch.device, clock: Clock, pairs: int = 1024, size: int = 256) -> float:
