@@ -326,6 +326,13 @@ def test_a_step_is_the_sum_that_is_worked_by_hand() -> None:
     assert (found.imbalance, found.replayed) == (0, 1)
 
 
+def test_a_table_larger_than_a_bucket_is_not_copied_into_one() -> None:
+    small, large = (estimate.update_bytes(words, 60_000_000, 1, 1) for words in (50_000_000, 50_000_001))
+    assert small == 96 * 60_000_000
+    assert large == 96 * 60_000_000 - 16 * 50_000_001
+    assert estimate.update_bytes(50_000_001, 60_000_000, 0, 1) == small  # without ZeRO there is no such bucket
+
+
 def test_more_ranks_share_the_encoder_and_the_moments_and_send_no_less() -> None:
     found = [estimate.predict(_job(), world, RATES, LINKS, 1e9) for world in (1, 2, 4, 8, 64)]
     for fewer, more in pairwise(found):

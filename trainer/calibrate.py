@@ -213,7 +213,7 @@ def _steps(shape: Shape, precision: str, device: torch.device, links: Links | No
         if links is not None:
             seconds -= collective_seconds(sent, shape.parameters, links, world)
         work = costs.work(shape, lengths, compute)
-        moved = work.weights + update_bytes(shape.parameters, 1, world)
+        moved = work.weights + update_bytes(shape.words, shape.parameters, 1, world)
         counts = (work.flop, work.elements, float(work.passes), moved, 1.0)
         samples.append(Sample(f"{shape.layers} x {shape.hidden}", kind, max(seconds, 1e-6), counts))
     return samples

@@ -17,8 +17,9 @@ from trainer.costs import FP32, Compute, Lengths, Shape, Work, state_parts
 
 # Bytes that the update moves for each trained parameter, by reading the code of the step in fp32: on every rank the
 # table's gradient, the copy into a bucket, the division, the copy back; of a rank's own part its copy, the norm, the
-# clipping, AdamW (4 read, 3 written) and the new weights.
-UPDATE_REPLICATED, UPDATE_OWN = 40, 56
+# clipping, AdamW (4 read, 3 written) and the new weights. ZeRO reduces a tensor larger than a bucket where it lies,
+# without the two copies: the word table of XLM-R.
+UPDATE_REPLICATED, UPDATE_COPIES, UPDATE_OWN = 24, 16, 56
 BUCKET = 50_000_000  # numbers in one reduction; trainer/engine.py
 
 
@@ -89,10 +90,11 @@ def encoder_seconds(work: Work, rates: Rates) -> dict[str, float]:
     }
 
 
-def update_bytes(trained: int, zero_stage: int, world: int) -> float:
-    """Bytes that the optimizer of one rank moves."""
+def update_bytes(words: int, trained: int, zero_stage: int, world: int) -> float:
+    """Bytes that the optimizer of one rank moves, of `trained` parameters with `words` of them in the word table."""
     own = trained if zero_stage == 0 else trained / world
-    return float(UPDATE_REPLICATED * trained + UPDATE_OWN * own)
+    copied = trained - (words if zero_stage and words > BUCKET else 0)
+    return float(UPDATE_REPLICATED * trained + UPDATE_COPIES * copied + UPDATE_OWN * own)
 
 
 def collective_seconds(sent: dict[str, float], trained: int, links: Links, world: int) -> float:
@@ -190,7 +192,7 @@ def predict(job: Job, world: int, rates: Rates, links: Links, memory: float) -> 
     seconds = encoder_seconds(slowest, rates) | {
         "loss": compared / rates.loss,
         "collectives": collective_seconds(sent, job.trained, links, world),
-        "optimizer": update_bytes(job.trained, job.zero_stage, world) / rates.update + rates.step,
+        "optimizer": update_bytes(job.shape.words, job.trained, job.zero_stage, world) / rates.update + rates.step,
     }
     held = {
         "graphs kept": max(work.held for work in works),
