@@ -97,6 +97,12 @@ STAGES = {
         "a checkpoint to a folder that sentence-transformers opens, reloaded and compared",
         "quintet export run_dir=run output=model",
     ),
+    "plan": Stage(
+        "trainer.plan",
+        "what a recipe takes on a cluster: time, memory, traffic and cost, by the number of GPUs",
+        "quintet plan --config configs/pretrain/base.yaml cluster.device=h100 cluster.gpus=[8,64] cluster.price=3",
+        {"objective": "contrastive"},
+    ),
     "search": Stage(
         "trainer.search",
         "index texts and ask questions",

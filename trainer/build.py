@@ -14,7 +14,7 @@ from data.errors import UserError
 from data.order import Order, differences
 from data.stream import Stream
 from data.tokens import TextEncoder, load_tokenizer
-from trainer import distributed, retrieval, sets, snapshot
+from trainer import costs, distributed, retrieval, sets, snapshot
 from trainer.checkpoint import Checkpoint
 from trainer.device import training_chunk_tokens
 from trainer.embed import encode
@@ -186,7 +186,7 @@ def _evaluate(config: Config, data: list[sets.RetrievalSet], embed: retrieval.En
 
 def state_bytes(parameters: int, zero_stage: int, world: int) -> float:
     """Bytes of fp32 weights, gradients and AdamW's two moments that one of `world` ranks holds, about."""
-    return (16 if zero_stage == 0 else 8 + 8 / world) * parameters
+    return sum(costs.state_parts(parameters, zero_stage, world).values())
 
 
 def describe(config: Config, parts: Parts) -> list[tuple[str, object]]:

@@ -11,11 +11,8 @@ import numpy as np
 import torch
 
 from data.collate import Batch
-from trainer import distributed
+from trainer import cards, distributed
 from trainer.step import Outcome
-
-# Peak arithmetic of dense bf16 matrix products, FLOP/s, from the makers' data sheets; what is not here has no MFU.
-_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12}
 
 
 @dataclass
@@ -103,6 +100,6 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device) -> float:
-    """Peak of dense bf16 products in FLOP/s; 0 where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in _PEAKS.items() if key in name), 0.0)
+    """Peak of dense bf16 products in FLOP/s; 0 where it is not known, and nothing has an MFU."""
+    card = cards.named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return card.bf16 if card else 0.0

@@ -1,0 +1,206 @@
+"""How long a step takes, from what it costs (trainer/costs.py) and how fast a machine is: pure functions, in seconds.
+
+Time is a sum, since nothing of a step overlaps: DeepSpeed's overlap is off, and ranks meet between the phases. Each
+term is a count over a rate; the rates are measured by trainer/calibrate.py, or assumed from a card's data sheet.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer import costs
+from trainer.cards import Card
+from trainer.costs import FP32, Compute, Lengths, Shape, Work, state_parts
+
+# Bytes that the update moves for each trained parameter, by reading the code of the step in fp32: on every rank the
+# table's gradient, the copy into a bucket, the division, the copy back; of a rank's own part its copy, the norm, the
+# clipping, AdamW (4 read, 3 written) and the new weights. ZeRO reduces a tensor larger than a bucket where it lies,
+# without the two copies: the word table of XLM-R.
+UPDATE_REPLICATED, UPDATE_COPIES, UPDATE_OWN = 24, 16, 56
+BUCKET = 50_000_000  # numbers in one reduction; trainer/engine.py
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast one rank is.
+
+    products: FLOP/s of the encoder's products. elements: numbers/s written between them. layer_pass: seconds that one
+    chunk's way through one layer takes however small it is. loss: FLOP/s of the loss's products. update: bytes/s of
+    weights, gradients and moments that are moved. step: seconds of what a step does once.
+    """
+
+    products: float
+    elements: float
+    layer_pass: float
+    loss: float
+    update: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Links:
+    """How fast ranks exchange.
+
+    node: bytes/s that a rank sends inside its node. network: bytes/s that a node sends to the others. per_node: ranks
+    of a node. hop: seconds from one rank to the next, however little is sent.
+    """
+
+    node: float
+    network: float
+    per_node: int
+    hop: float
+
+    def bandwidth(self, world: int) -> float:
+        """Bytes/s of a ring over `world` ranks: it leaves a node once, so the slower of the two links decides."""
+        return self.node if world <= self.per_node else min(self.node, self.network)
+
+
+# What a card is assumed to reach of its data sheet where nothing was measured. Products, memory and layer passes
+# together are within 25% of the six encodings in benchmarks/results/gpu-2026-11-26.json (H100, forward, bf16;
+# tests/test_plan.py); those of the loss, of the links and of a step are guesses.
+PRODUCTS_SHARE, MEMORY_SHARE, LINK_SHARE = 0.6, 0.8, 0.8
+ELEMENT_BYTES = 6  # a number read and written, partly in bf16
+GPU_LAYER_PASS, GPU_STEP, GPU_HOP = 4e-4, 0.01, 5e-6
+
+
+def assumed(card: Card, *, half: bool, tf32: bool) -> Rates:
+    """Rates of a card that nobody has measured."""
+    peak = card.bf16 if half else (tf32 and card.tf32) or card.fp32
+    memory = MEMORY_SHARE * card.bandwidth
+    return Rates(
+        products=PRODUCTS_SHARE * peak,
+        elements=memory / ELEMENT_BYTES,
+        layer_pass=GPU_LAYER_PASS,
+        loss=PRODUCTS_SHARE * card.fp32,  # never TF32: see trainer/device.py
+        update=memory,
+        step=GPU_STEP,
+    )
+
+
+def encoder_seconds(work: Work, rates: Rates) -> dict[str, float]:
+    """Of one rank's encoder in one step, by what they go into."""
+    return {
+        "encoder products": work.flop / rates.products,
+        "between the products": work.elements / rates.elements,
+        "calls": work.passes * rates.layer_pass,
+        "weights of each chunk": work.weights / rates.update,
+    }
+
+
+def update_bytes(words: int, trained: int, zero_stage: int, world: int) -> float:
+    """Bytes that the optimizer of one rank moves, of `trained` parameters with `words` of them in the word table."""
+    own = trained if zero_stage == 0 else trained / world
+    copied = trained - (words if zero_stage and words > BUCKET else 0)
+    return float(UPDATE_REPLICATED * trained + UPDATE_COPIES * copied + UPDATE_OWN * own)
+
+
+def collective_seconds(sent: dict[str, float], trained: int, links: Links, world: int) -> float:
+    """All of a step's collectives, one after the other: a ring of W - 1 hops each, buckets of the gradient apart."""
+    if world == 1:
+        return 0.0
+    calls = len(sent) + math.ceil(trained / BUCKET)
+    return sum(sent.values()) / links.bandwidth(world) + calls * (world - 1) * links.hop
+
+
+def bucket_bytes(trained: int, zero_stage: int) -> float:
+    """Bytes of the buffer that gradients are reduced in."""
+    return float(FP32 * min(BUCKET, trained)) if zero_stage else 0.0
+
+
+# --- a whole step -------------------------------------------------------------------------------------------------
+
+CUDA_BYTES = float(1 << 30)  # what CUDA, its kernels and NCCL take of a card beside tensors; a guess
+# Of the largest chunk's graph: what an H100 held in its backward, 300 KiB a token at 12 x 384 (trainer/device.py), is
+# half as much again as what a forward pass keeps.
+BACKWARD_SHARE = 1.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained. lengths: those of the whole batch, queries first; sizes: of the embeddings that get a loss.
+
+    budget: bytes for graphs that are kept, None for half of what is free. gathered_queries: whether these are
+    exchanged, too. directions: 2 where passages look for their queries as well.
+    """
+
+    shape: Shape
+    trained: int
+    lengths: Lengths
+    batch: int
+    negatives: int
+    compute: Compute
+    zero_stage: int
+    sizes: tuple[int, ...]
+    budget: float | None = None
+    gathered_queries: bool = False
+    directions: int = 1
+
+    def share(self, rank: int, world: int) -> Lengths:
+        """The lengths of one rank's texts: a run of queries, their positives, their negatives."""
+        b, k = self.batch // world, self.negatives
+        queries, positives, negatives = np.split(self.lengths, [self.batch, 2 * self.batch])
+        rows = slice(rank * b, (rank + 1) * b)
+        return np.concatenate([queries[rows], positives[rows], negatives[rank * b * k : (rank + 1) * b * k]])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step on `world` ranks.
+
+    seconds: of the slowest rank, by part. memory: bytes of a rank, by part. sent: bytes that a rank sends, by what for.
+    imbalance: of the slowest rank's encoder over the mean, less 1. replayed: share of chunks that go forward twice.
+    """
+
+    world: int
+    seconds: dict[str, float]
+    memory: dict[str, float]
+    sent: dict[str, float]
+    imbalance: float
+    replayed: float
+    tokens: int
+
+    @property
+    def step(self) -> float:
+        """Seconds of the step."""
+        return sum(self.seconds.values())
+
+
+def predict(job: Job, world: int, rates: Rates, links: Links, memory: float) -> Prediction:
+    """The step of `job` on `world` ranks that have `memory` bytes each."""
+    state = state_parts(job.shape.parameters, job.zero_stage, world)
+    state["bucket"] = bucket_bytes(job.trained, job.zero_stage)
+    reserved = 0.0 if job.compute.kind == "cpu" else CUDA_BYTES
+    budget = max(0.0, memory - state["weights"] - reserved) / 2 if job.budget is None else job.budget
+    works = [costs.work(job.shape, job.share(rank, world), job.compute, budget) for rank in range(world)]
+    times = [sum(encoder_seconds(work, rates).values()) for work in works]
+    slowest = works[max(range(world), key=times.__getitem__)]
+    rows, size = job.batch // world, job.shape.hidden
+    texts = rows * (2 + job.negatives)
+    gathered = job.batch * (1 + job.negatives + job.gathered_queries)
+    sent = costs.collectives(
+        trained=job.trained,
+        gathered=gathered,
+        size=size,
+        zero_stage=job.zero_stage,
+        world=world,
+        passes=slowest.passes / job.shape.layers,
+    )
+    compared = job.directions * costs.loss_flop(rows, gathered, sum(job.sizes))
+    seconds = encoder_seconds(slowest, rates) | {
+        "loss": compared / rates.loss,
+        "collectives": collective_seconds(sent, job.trained, links, world),
+        "optimizer": update_bytes(job.shape.words, job.trained, job.zero_stage, world) / rates.update + rates.step,
+    }
+    held = {
+        "graphs kept": max(work.held for work in works),
+        "one more chunk": BACKWARD_SHARE * max(work.largest for work in works),
+        "embeddings and loss": costs.pool_bytes(rows, texts, gathered, size),
+        "CUDA": reserved,
+    }
+    mean = sum(times) / world
+    replayed = 1 - sum(work.kept for work in works) / sum(work.chunks for work in works)
+    tokens = sum(work.tokens for work in works)
+    return Prediction(world, seconds, state | held, sent, max(times) / mean - 1, replayed, tokens)
