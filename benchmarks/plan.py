@@ -118,7 +118,7 @@ def _compare(case: Case, world: int, content: dict[str, Any], repeats: int) -> d
     job = Job(shape, shape.parameters, lengths, case.pairs, 0, compute, 1, (case.hidden,), budget)
     step = calibrate.stepper(shape, case.precision, device, compute)
     step.memory_budget = budget
-    batch = calibrate.texts(job.share(distributed.rank(), world), case.vocabulary, SEED)
+    batch = calibrate.texts(job.shares(world)[distributed.rank()], case.vocabulary, SEED)
     run = partial(step, batch, 0, 1e-4)
     run()
     seconds = calibrate.best_seconds(run, device, repeats, time.process_time)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
 from launcher.cli import main
-from trainer import calibrate, cards, costs, distributed, estimate, gradcache
+from trainer import balance, calibrate, cards, costs, distributed, estimate, gradcache
 from trainer.costs import PUBLISHED, Shape
 from trainer.encoder import Encoder, build_random
 from trainer.estimate import Job, Links, Rates
@@ -146,11 +146,15 @@ def test_packed_texts_are_counted_without_padding_and_attend_to_themselves_alone
     assert packed.flop == 3 * costs.flop(SHAPE, 20, 100 + 16 + 9 + 9)
 
 
-def test_a_share_is_what_a_rank_gets_of_a_batch() -> None:
+def lengths_of_a_share() -> np.ndarray:
     whole = batches.make(8, 2, seed=0)
-    job = _job(lengths=whole.tokens.lengths, batch=8, negatives=2)
-    for rank in range(4):
-        assert np.array_equal(job.share(rank, 4), batches.share(whole, rank, 4).tokens.lengths)
+    return balance.deal(batches.share(whole, distributed.rank(), distributed.world())).tokens.lengths
+
+
+def test_shares_are_what_ranks_get_of_a_batch(tmp_path: Path) -> None:
+    job = _job(lengths=batches.make(8, 2, seed=0).tokens.lengths, batch=8, negatives=2)
+    for planned, dealt in zip(job.shares(2), ranks.run(lengths_of_a_share, 2, tmp_path), strict=True):
+        assert np.array_equal(planned, dealt)
 
 
 # --- ranks -------------------------------------------------------------------------------------------------------

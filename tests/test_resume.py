@@ -117,7 +117,7 @@ def test_world_size_and_stage_may_change_between_starts(folder: Path):
     changes = {"model.dropout": 0.0, "steps": STEPS, "lanes": 8}
     steady, moved = folder / "steady", folder / "moved"
     assert jobs.run(jobs.command(2, jobs.settings(folder, run_dir=steady, **changes)), folder / "steady.log") == 0
-    for world, stage, last in ((4, 1, 6), (2, 2, 16), (8, 3, 26), (1, 0, STEPS)):
+    for world, stage, last in ((4, 1, 3), (2, 2, 8), (8, 3, 13), (1, 0, STEPS)):
         command = jobs.command(world, jobs.settings(folder, run_dir=moved, zero_stage=stage, **changes))
         if last < STEPS:
             stop_after(folder, f"moved-{world}", command, moved, last)

@@ -220,6 +220,16 @@ def _reduce_scatter(owned: Tensor, grad: Tensor) -> None:
     scatter(owned, grad)
 
 
+def deal_rows(rows: Tensor, out: list[int], into: list[int]) -> Tensor:
+    """Send the first out[0] rows to rank 0, the next out[1] to rank 1, ...; return what came, in rank order.
+
+    Every rank deals its part of every batch; `into` says how many rows each of them sends here.
+    """
+    received = rows.new_empty(sum(into), *rows.shape[1:])
+    dist.all_to_all_single(received, rows, into, out)
+    return received
+
+
 def agree_max(value: int) -> int:
     """The largest of all ranks' values: how many chunks everyone runs where a forward is a collective."""
     return int(_reduce([value], dist.ReduceOp.MAX)[0])

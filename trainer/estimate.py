@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer import costs
+from trainer import balance, costs
 from trainer.cards import Card
 from trainer.costs import FP32, Compute, Lengths, Shape, Work, state_parts
 
@@ -138,12 +138,13 @@ class Job:
     gathered_queries: bool = False
     directions: int = 1
 
-    def share(self, rank: int, world: int) -> Lengths:
-        """The lengths of one rank's texts: a run of queries, their positives, their negatives."""
-        b, k = self.batch // world, self.negatives
+    def shares(self, world: int) -> list[Lengths]:
+        """The lengths of each rank's texts, queries first, as trainer/balance.py deals the pairs."""
         queries, positives, negatives = np.split(self.lengths, [self.batch, 2 * self.batch])
-        rows = slice(rank * b, (rank + 1) * b)
-        return np.concatenate([queries[rows], positives[rows], negatives[rank * b * k : (rank + 1) * b * k]])
+        pairs = np.column_stack([queries, positives, negatives.reshape(self.batch, self.negatives)])
+        owner = balance.owners(pairs.sum(1, dtype=np.int64), world)
+        parts = (np.split(pairs[owner == rank], [1, 2], axis=1) for rank in range(world))
+        return [np.concatenate([side.reshape(-1) for side in part]) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def predict(job: Job, world: int, rates: Rates, links: Links, memory: float) -> 
     state["bucket"] = bucket_bytes(job.trained, job.zero_stage)
     reserved = 0.0 if job.compute.kind == "cpu" else CUDA_BYTES
     budget = max(0.0, memory - state["weights"] - reserved) / 2 if job.budget is None else job.budget
-    works = [costs.work(job.shape, job.share(rank, world), job.compute, budget) for rank in range(world)]
+    works = [costs.work(job.shape, lengths, job.compute, budget) for lengths in job.shares(world)]
     times = [sum(encoder_seconds(work, rates).values()) for work in works]
     slowest = works[max(range(world), key=times.__getitem__)]
     rows, size = job.batch // world, job.shape.hidden

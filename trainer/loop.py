@@ -17,7 +17,7 @@ import torch
 
 from data.collate import Batch, score
 from data.errors import DataError, QuintetError, Stopped, UserError
-from trainer import checkpoint, distributed, rollback, runfolder, snapshot, work
+from trainer import balance, checkpoint, distributed, rollback, runfolder, snapshot, work
 from trainer.build import Parts, build, describe
 from trainer.checkpoint import Checkpoint, SaveError
 from trainer.device import pick_device
@@ -184,6 +184,7 @@ class Run:
     def _train_on(self, batch: Batch) -> None:
         self.dog.at("step", self.step)
         lr = learning_rate(self.step, self.config.steps, self.config.warmup_steps, self.config.lr)
+        batch = balance.deal(batch)
         outcome = self.parts.stepper(batch, self.step, lr)
         self.dog.allow("step", 60 * self.config.step_timeout_minutes)  # the first one may have compiled
         self.step += 1
