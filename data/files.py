@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"  # what the name of an unfinished file ends in; it begins with a dot
@@ -40,3 +41,19 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise as OSError what safetensors and tokenizers raise for it as exceptions of their own: a full disk, mostly.
+
+    They tell it by the text alone, as everything written in Rust does: "No space left on device (os error 28)".
+    """
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None or isinstance(error, OSError):
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error

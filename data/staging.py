@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.errors import UserError
+from data.files import system_errors
 
 _log = logging.getLogger("quintet")
 
@@ -37,7 +38,8 @@ def staged(output: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
         with _locked(partial, output):
             try:
                 _clear(partial)
-                yield partial
+                with system_errors():
+                    yield partial
                 publish(partial, output)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -66,25 +66,6 @@ def one(rows: list[Row]) -> Row:
     return row
 
 
-@pytest.fixture
-def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts small file systems: size -> folder."""
-    mounted: list[Path] = []
-
-    def mount(size: str) -> Path:
-        place = tmp_path / f"tmpfs-{len(mounted)}"
-        place.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=False)
-        if done.returncode:
-            pytest.skip("needs root and the right to mount a tmpfs")
-        mounted.append(place)
-        return place
-
-    yield mount
-    for place in mounted:
-        subprocess.run(["umount", place], check=True)
-
-
 # --- the whole -----------------------------------------------------------------------------------------------------
 
 

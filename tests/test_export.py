@@ -169,6 +169,13 @@ def test_an_output_that_is_there_is_kept_unless_told_otherwise(tmp_path: Path) -
     assert not (tmp_path / "place" / "out" / "precious.txt").exists()
 
 
+def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path, tmpfs: Callable[[str], Path]) -> None:
+    place = tmpfs("64k")
+    with pytest.raises(UserError, match="No space left"):
+        classic.write(_model(tmp_path), place / "out", Card(), READER)
+    assert list(place.iterdir()) == []
+
+
 # --- the stage -------------------------------------------------------------------------------------------------
 
 

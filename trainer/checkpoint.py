@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import xxhash
 
 from data.errors import UserError
-from data.files import sync
+from data.files import sync, system_errors
 from trainer.runfolder import write_json
 
 log = logging.getLogger("quintet")
@@ -180,7 +180,8 @@ def _write_part(
     """Write a rank's own files, sync and hash them, and leave the list for rank 0."""
     if not staging.is_dir():
         raise OSError(f"rank {rank} does not see {staging}: put run_dir on storage that every node shares")
-    files = [Path(path) for path in write(staging) or ()]
+    with system_errors():
+        files = [Path(path) for path in write(staging) or ()]
     at("written")
     part = {}
     for path in files:

@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from data.errors import QuintetError, UserError
-from data.files import sync
+from data.files import sync, system_errors
 from trainer.card import Card, Facts, readme
 from trainer.embed import encode_texts
 from trainer.encoder import Encoder, Model, pool
@@ -102,7 +102,8 @@ def publish(folder: Path, make: Callable[[Path], float], tolerance: float, *, ov
     staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        difference = make(staging)
+        with system_errors():
+            difference = make(staging)
         if not difference <= tolerance:
             raise QuintetError(
                 f"export: the reloaded model differs by {difference:.1e} (allowed {tolerance:.0e}); nothing was written"
