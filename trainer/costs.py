@@ -102,16 +102,13 @@ class Compute:
 
     @property
     def explicit_attention(self) -> bool:
-        """Whether attention's weights are written out: torch does so on a CPU where they have dropout."""
-        return self.kind == "cpu" and self.dropout
+        """Whether attention's weights are written out (trainer/attention.py)."""
+        return self.kind == "cpu" and (self.dropout or self.half)
 
     @property
     def draw(self) -> int:
-        """What a random number costs, in numbers written.
-
-        On a CPU about 4 by the fit of nine encoders (benchmarks/LOG.md); a GPU's kernels draw it on the way.
-        """
-        return 4 if self.kind == "cpu" else 1
+        """What a random number costs, in numbers written: a GPU's kernels draw it on the way (trainer/dropout.py)."""
+        return 2 if self.kind == "cpu" else 1
 
 
 @dataclass(frozen=True)
@@ -199,19 +196,20 @@ def weight_bytes(shape: Shape, forwards: int, compute: Compute) -> float:
 
 # Bytes that a layer holds for its backward: of every token for each number of the hidden state, for each intermediate
 # one, and with dropout for each hidden one besides. Counted by saved-tensor hooks (trainer/gradcache.py) on a CPU under
-# torch 2.13, where attention that is trained is fp32. Of a GPU the same less that, with masks of a byte: derived, and
-# never looked at.
-_SAVED = {("cpu", False): (32, 8, 8), ("cpu", True): (34, 4, 0), ("gpu", False): (32, 8, 2), ("gpu", True): (28, 4, 2)}
+# torch 2.13. Of a GPU the same with masks of a byte: derived, and never looked at.
+_SAVED = {("cpu", False): (32, 8, 4), ("cpu", True): (24, 4, 4), ("gpu", False): (32, 8, 2), ("gpu", True): (24, 4, 2)}
 
 
 def saved(shape: Shape, tokens: int, squares: int, compute: Compute) -> float:
     """Bytes that a forward pass of one chunk holds for its backward, beside the parameters.
 
-    To `_SAVED` come 12 bytes for each weight of attention that is written out, and under bf16 the cast weights.
+    To `_SAVED` come each weight of attention that is written out, with two bytes of a mask, and under bf16 the cast
+    weights of the products.
     """
     hidden, wide, masks = _SAVED[compute.kind, compute.half]
     dense = (hidden + masks * compute.dropout) * shape.hidden + wide * shape.intermediate
-    attention = 12 * shape.heads * squares if compute.explicit_attention else 0
+    number = BF16 if compute.half else FP32
+    attention = (number + 2 * compute.dropout) * shape.heads * squares if compute.explicit_attention else 0
     weights = BF16 * shape.products if compute.half else 0
     return float(shape.layers * (dense * tokens + attention) + weights)
 

@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from data.errors import UserError
 from data.pairing import PairEncoder, PairSettings, PairTemplate, read_settings, separator
 from data.tokens import load_tokenizer
+from trainer.attention import use_own_attention
+from trainer.dropout import use_own_dropout
 from trainer.embed import weights_hash
-from trainer.encoder import first_position, load_weights, local_folder, use_own_attention
+from trainer.encoder import first_position, load_weights, local_folder
 
 MAX_LENGTH = 192  # of SimLM's re-ranker
 # What a model's configuration says of its origin and of the library, not of what it computes.
@@ -38,6 +40,7 @@ class CrossEncoder(nn.Module):
         self.backbone, self.separator = backbone, separator
         self.size = 1
         use_own_attention(backbone)
+        use_own_dropout(backbone)
 
     @property
     def max_positions(self) -> int:

@@ -19,8 +19,9 @@ from data.errors import NumericError, UserError
 from data.tokens import Ragged, TextEncoder, concat
 from data.tokens import fingerprint as tokenizer_fingerprint
 from trainer import checkpoint
+from trainer.attention import pack
 from trainer.device import chunk_tokens
-from trainer.encoder import Encoder, Model, open_model, pack
+from trainer.encoder import Encoder, Model, open_model
 from trainer.gradcache import Rows, pad, plan
 
 if TYPE_CHECKING:

@@ -4,55 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from data.tokens import Ragged, load_tokenizer
-from trainer.gradcache import Rows, flat
+from data.tokens import load_tokenizer
+from trainer.attention import Segments, is_packable, use_own_attention
+from trainer.dropout import use_own_dropout
 
 transformers_logging.disable_progress_bar()  # its bar for loading weights fills a log with carriage returns
 
 POOLINGS = ("mean", "cls", "last")
 SETTINGS_FILE = "quintet.json"
-
-# Families whose attention goes through transformers' attention interface and takes positions, so that rows can be
-# packed one after the other. MPNet adds a relative bias inside its own attention, so it is run padded.
-_PACKABLE = ("bert", "xlm-roberta", "roberta", "camembert")
-
-
-class Segments(NamedTuple):
-    """Where the texts of a packed row lie: offsets int32 [n + 1], tokens of the longest, positions [1, T] from 0."""
-
-    offsets: Tensor
-    longest: int
-    positions: Tensor
-
-    def to(self, device: torch.device) -> Segments:
-        return Segments(self.offsets.to(device), self.longest, self.positions.to(device))
-
-
-def pack(tokens: Ragged, rows: Rows) -> tuple[Tensor, Segments]:
-    """The chosen texts one after the other: ids [1, T] and where each lies."""
-    lengths = tokens.lengths[rows].astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    ids = torch.from_numpy(flat(tokens, rows).astype(np.int64))[None]
-    segments = Segments(
-        torch.from_numpy(offsets.astype(np.int32)), int(lengths.max()), torch.from_numpy(positions)[None]
-    )
-    return ids, segments
 
 
 class Encoder(nn.Module):
@@ -70,6 +42,7 @@ class Encoder(nn.Module):
         self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
         self.first_position = first_position(backbone)
         use_own_attention(backbone)
+        use_own_dropout(backbone)
 
     @property
     def size(self) -> int:
@@ -139,81 +112,6 @@ def freeze_positions(module: nn.Module) -> int:
         return 0
     table.weight.requires_grad_(False)
     return int(table.weight.numel())
-
-
-# --- attention -------------------------------------------------------------------------------------------------
-
-_OWN = "quintet"
-
-
-def is_packable(backbone: PreTrainedModel) -> bool:
-    """Whether texts may be packed into one row of it."""
-    return backbone.config.model_type in _PACKABLE
-
-
-def use_own_attention(backbone: PreTrainedModel) -> None:
-    """Route attention through the function below, in the families where it can be; the others keep theirs."""
-    if is_packable(backbone):
-        backbone.set_attn_implementation(_OWN)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    segments: Segments | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query, key, value [n, H, T, d] -> [n, T, H, d]."""
-    if segments is None:
-        rows = (query, key, value)
-        return _padded(module, rows, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    attend = _varlen if query.is_cuda else _segment_by_segment
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return attend(query, key, value, segments, scaling)[None], None
-
-
-def _padded(
-    module: nn.Module, rows: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """transformers' own SDPA, in fp32 where torch's backward of it in bf16 is slow.
-
-    On a CPU that takes some 60 ms a call whatever the size, in fp32 8 to 16 ms for 4,096 tokens (benchmarks/LOG.md).
-    """
-    sdpa: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
-    query = rows[0]
-    if query.is_cuda or query.dtype != torch.bfloat16 or not query.requires_grad:
-        return sdpa(module, *rows, mask, **kwargs)
-    with torch.autocast(query.device.type, enabled=False):
-        attended, _ = sdpa(module, *(tensor.float() for tensor in rows), mask, **kwargs)
-    return attended.to(query.dtype), None
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    """[T, H, d] each; the flash kernel. It has no dropout of attention weights."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    longest = segments.longest
-    attended = varlen_attn(query, key, value, segments.offsets, segments.offsets, longest, longest, scale=scaling)
-    assert isinstance(attended, Tensor)
-    return attended
-
-
-def _segment_by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    """The same on the host, where there is no such kernel: one SDPA call per text."""
-    outputs = []
-    for begin, end in zip(segments.offsets[:-1].tolist(), segments.offsets[1:].tolist(), strict=True):
-        q, k, v = (tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling)[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
-AttentionInterface.register(_OWN, _attention)
-AttentionMaskInterface.register(_OWN, sdpa_mask)
 
 
 # --- building, opening and saving --------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from data.collate import Batch
 from trainer import distributed, gradcache
+from trainer.attention import pack
 from trainer.device import free_memory
-from trainer.encoder import pack
 from trainer.engine import Engine
 from trainer.gradcache import Rows, Seconds
 from trainer.objectives import Figures

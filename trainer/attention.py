@@ -1,0 +1,157 @@
+"""Attention for the encoders: packed texts, padded texts, and how each device computes it fastest.
+
+Families whose attention goes through transformers' interface and takes positions come here; MPNet, which adds a
+relative bias inside its own attention, keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from data.tokens import Ragged
+from trainer import dropout as drop
+from trainer.gradcache import Rows, flat
+
+_OWN = "quintet"
+_FAMILIES = ("bert", "xlm-roberta", "roberta", "camembert")
+
+
+class Segments(NamedTuple):
+    """Where the texts of a packed row lie: offsets int32 [n + 1], tokens of the longest, positions [1, T] from 0."""
+
+    offsets: Tensor
+    longest: int
+    positions: Tensor
+
+    def to(self, device: torch.device) -> Segments:
+        return Segments(self.offsets.to(device), self.longest, self.positions.to(device))
+
+
+def pack(tokens: Ragged, rows: Rows) -> tuple[Tensor, Segments]:
+    """The chosen texts one after the other: ids [1, T] and where each lies."""
+    lengths = tokens.lengths[rows].astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    ids = torch.from_numpy(flat(tokens, rows).astype(np.int64))[None]
+    segments = Segments(
+        torch.from_numpy(offsets.astype(np.int32)), int(lengths.max()), torch.from_numpy(positions)[None]
+    )
+    return ids, segments
+
+
+def is_packable(backbone: PreTrainedModel) -> bool:
+    """Whether texts may be packed into one row of it."""
+    return backbone.config.model_type in _FAMILIES
+
+
+def use_own_attention(backbone: PreTrainedModel) -> None:
+    """Route attention through the function below, in the families where it can be; the others keep theirs."""
+    if is_packable(backbone):
+        backbone.set_attn_implementation(_OWN)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query, key, value [n, H, T, d] -> [n, T, H, d]."""
+    if segments is not None:
+        attend = _varlen if query.is_cuda else _segment_by_segment
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return attend(query, key, value, segments, scaling)[None], None
+    # The same way with and without gradients, so that a replay computes what the first pass did.
+    if query.device.type == "cpu" and module.training and (dropout or query.dtype == torch.bfloat16):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        with torch.autocast("cpu", enabled=False):
+            attended: Tensor = _WrittenOut.apply(query, key, value, attention_mask, scale, dropout)
+        return attended.transpose(1, 2), None
+    sdpa: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
+    return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+class _WrittenOut(torch.autograd.Function):
+    """softmax(scale q k^T), dropped out, times v, for training on a CPU: q, k, v [n, H, T, d] -> [n, H, T, d].
+
+    torch writes the weights out there too where they have dropout, in fp32 and with six tensors of their size for the
+    backward pass; without dropout its kernel's backward in bf16 takes 60 ms a call. Here products are in the type of
+    q, k and v, and two such tensors are held: the weights, and the mask. `mask` is bool [n, 1, 1 or T, T], True where
+    a key may be looked at, or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, p: float
+    ) -> Tensor:
+        shape = query.shape
+        q, k, v = (tensor.reshape(-1, *shape[2:]) for tensor in (query, key, value))
+        weights = torch.softmax(_scores(q, k, mask, scale), -1)
+        kept = drop.keep_mask(weights.shape, p) if p else None
+        ctx.save_for_backward(q, k, v, weights, kept)
+        ctx.shape, ctx.scale, ctx.share = shape, scale, drop.scale(p)
+        return _times(_dropped(weights, kept), v, ctx.share).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, kept = ctx.saved_tensors
+        grad = grads[0].reshape(v.shape)
+        to_value = _times(_dropped(weights, kept).mT, grad, ctx.share)
+        to_weights = _dropped(_times(grad, v.mT, ctx.share), kept)
+        to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+        to_query, to_key = _times(to_scores, k, ctx.scale), _times(to_scores.mT, q, ctx.scale)
+        return to_query.view(ctx.shape), to_key.view(ctx.shape), to_value.view(ctx.shape), None, None, None
+
+
+def _times(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """factor x left right, of [N, a, b] and [N, b, c], in one pass."""
+    return torch.baddbmm(left.new_zeros(1, 1, 1), left, right, beta=0, alpha=factor)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """scale q k^T of [n H, T, d] each, and -inf where the mask of the n texts is False: [n H, T, T]."""
+    if mask is None:
+        return _times(q, k.mT, scale)
+    bias = q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    heads, longest = len(q) // len(mask), q.shape[1]
+    return torch.baddbmm(bias.expand(-1, heads, longest, -1).flatten(0, 1), q, k.mT, alpha=scale)
+
+
+def _dropped(weights: Tensor, kept: Tensor | None) -> Tensor:
+    return weights if kept is None else drop.keep(weights, kept)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+    """[T, H, d] each; the flash kernel. It has no dropout of attention weights."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = segments.longest
+    attended = varlen_attn(query, key, value, segments.offsets, segments.offsets, longest, longest, scale=scaling)
+    assert isinstance(attended, Tensor)
+    return attended
+
+
+def _segment_by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+    """The same on the host, where there is no such kernel: one SDPA call per text."""
+    outputs = []
+    for begin, end in zip(segments.offsets[:-1].tolist(), segments.offsets[1:].tolist(), strict=True):
+        q, k, v = (tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+AttentionInterface.register(_OWN, _attention)
+AttentionMaskInterface.register(_OWN, sdpa_mask)
