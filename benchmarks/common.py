@@ -135,18 +135,31 @@ def in_child(function: Callable[..., Result], *args: Any) -> Result:
 # --- correctness -------------------------------------------------------------------------------------------------
 
 
-def gate(name: str, got: tuple[float, torch.Tensor], wanted: tuple[float, torch.Tensor]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two computations may be apart: loss and gradient in shares of the reference's; the gradients' cosine."""
+
+    loss: float
+    gradient: float
+    cosine: float
+
+
+FP32 = Tolerance(1e-5, 1e-4, 0.99999)
+
+
+def gate(
+    name: str, got: tuple[float, torch.Tensor], wanted: tuple[float, torch.Tensor], tolerance: Tolerance = FP32
+) -> dict[str, float]:
     """Compare (loss, all gradients in a row) with a reference before anything is timed.
 
     Raises:
-        GateError: the losses differ by more than 1e-5 of the reference's, the gradients by more than 1e-4 in norm, or
-            the cosine of the gradients is below 0.99999.
+        GateError: they are further apart than tolerated.
     """
     difference = abs(got[0] - wanted[0]) / abs(wanted[0])
     ours, reference = got[1].double(), wanted[1].double()
     cosine = float(torch.nn.functional.cosine_similarity(ours, reference, dim=0))
     error = float((ours - reference).norm() / reference.norm())
-    if not (difference <= 1e-5 and cosine >= 0.99999 and error <= 1e-4):
+    if not (difference <= tolerance.loss and cosine >= tolerance.cosine and error <= tolerance.gradient):
         raise GateError(
             f"{name}: the loss differs by {difference:.1e}; the gradient by {error:.1e}, at a cosine of {cosine:.7f}"
         )

@@ -25,7 +25,7 @@ from trainer.encoder import Encoder
 from trainer.meter import peak_flops
 from trainer.rankcount import count_above, own_scores
 
-SMALL = step.Case(layers=12, hidden=384, vocabulary=250_002, device="cuda", pairs=2048)
+SMALL = step.Case(layers=12, hidden=384, vocabulary=250_002, precision="bf16", device="cuda", pairs=2048)
 BASE = replace(SMALL, hidden=768)
 TINY = replace(step.QUICK, device="cpu", pairs=32)
 
@@ -236,7 +236,7 @@ def _steps(sizes: Sizes, case: step.Case) -> tuple[dict[str, Any], dict[str, Any
     found = alternate(
         {f"ours, chunk={chunk}": _waited(sides.ours(chunk, None), device) for chunk in sizes.chunks[:-1]}
         | {
-            f"peer, size={size}": _waited(_autocast(sides.peer(("mini_batch_size", size)), device), device)
+            f"peer, size={size}": _waited(sides.peer(("mini_batch_size", size)), device)
             for size in dict.fromkeys([step.DEFAULT[1], *sizes.batches[:2]])
         },
         sizes.repeats,
@@ -281,16 +281,6 @@ def _loss_as_on_the_cpu(sides: step.Sides, batch: Any) -> dict[str, float]:
     if abs(got - wanted) > 0.02 * abs(wanted):
         raise GateError(f"the loss is {got:.4f}, on the CPU in fp32 {wanted:.4f}")
     return {"loss": got, "loss on the CPU, fp32": wanted}
-
-
-def _autocast(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """The peer's step as transformers' Trainer runs it with bf16=True."""
-
-    def run() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            work()
-
-    return run
 
 
 def _waited(work: Callable[[], object], device: torch.device) -> Callable[[], None]:

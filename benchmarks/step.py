@@ -11,7 +11,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,12 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
+from benchmarks import common
 from benchmarks.common import Memory, Timing, alternate, extra_memory, gate, in_child, ratio, rivals, table, target
 from data.collate import Batch
 from data.tokens import Ragged
-from trainer import distributed, gradcache, objectives
+from trainer import costs, distributed, gradcache, objectives
+from trainer.device import has_fast_bf16, keep_freed_memory
 from trainer.encoder import Encoder
 from trainer.engine import MOMENTS, Engine, OptimizerSettings
 from trainer.step import Stepper
@@ -36,6 +38,7 @@ LR, TEMPERATURE, SEED, PADDING = 1e-4, 0.01, 7, 1
 BETA, MAX_NORM = 0.9, 1.0
 ADAM: dict[str, Any] = {"weight_decay": 0.01, "betas": (BETA, 0.999), "eps": 1e-8}
 KEEP_ALL, KEEP_NONE = math.inf, 0.0
+TOLERANCES = {"fp32": common.FP32, "bf16": common.Tolerance(0.05, 0.3, 0.95)}  # at temperature 0.01 rounding is large
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,21 @@ class Case:
     budgets: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     chunks: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     repeats: int = 5
-    device: str = "cpu"  # on cuda, both sides run in bf16 (benchmarks/gpu.py)
+    precision: str = "fp32"
+    device: str = "cpu"
 
 
 NATURAL = Case()
 EQUAL = Case(lengths="equal", budgets=())  # a budget of tokens is a number of texts there
 # XLM-R's own vocabulary: the gradient of its table, 192 MB a mini-batch, makes small mini-batches dear.
 LARGE = Case(vocabulary=250_002, sizes=(8, 16, 32), budgets=(2048, 4096), chunks=(1024, 2048, 4096), repeats=3)
-CASES = {"natural lengths": NATURAL, "equal lengths": EQUAL, "large vocabulary": LARGE}
+# A model as it is trained, in the precision that it is trained in, where this processor has products of it.
+HALF = Case(pairs=128, layers=6, hidden=384, sizes=(2, 4, 8, 16, 32), budgets=(1024, 2048, 4096), precision="bf16")
+CASES = {"natural lengths": NATURAL, "equal lengths": EQUAL, "large vocabulary": LARGE, "bf16": HALF}
+# What the encoder's products could be: a large product of the same type on the same cores.
+SHARES = [
+    Case(layers=12, hidden=384, pairs=64, lengths="equal", chunks=(2048,), repeats=5, precision=p) for p in TOLERANCES
+]
 QUICK = Case(pairs=16, vocabulary=500, layers=1, hidden=32, sizes=(4, 32), budgets=(512,), chunks=(256,), repeats=1)
 
 Peer = tuple[str, int]  # the keyword of the peer's loss, and its value
@@ -71,20 +81,30 @@ DEFAULT: Peer = ("mini_batch_size", 32)
 
 def measure(quick: bool = False) -> dict[str, Any]:
     """Every case: the gate, the search, the alternation; then peak memory in child processes."""
-    cases = {"small": QUICK} if quick else CASES
+    cases = {"small": QUICK, "bf16": replace(QUICK, precision="bf16")} if quick else CASES
+    cases = {name: case for name, case in cases.items() if case.precision in _precisions()}
     results = {}
     for name, case in cases.items():
         print(f"step: {name} ...", flush=True)
         results[name] = in_child(_compare, case)
     (first, compared), *_ = results.items()
     memory = _memory_rows(cases[first], compared["chosen"])
+    shares = [in_child(_share, replace(QUICK if quick else SHARE, precision=each)) for each in _precisions()]
     tables = [table(f"step, {name}: {_describe(cases[name])}", found["rows"]) for name, found in results.items()]
     searches = [table(f"search, {name}", found["search"]) for name, found in results.items()]
     return {
         "settings": {name: vars(case) for name, case in cases.items()} | {"seed": SEED, "temperature": TEMPERATURE},
         "correctness": {name: found["correctness"] for name, found in results.items()},
-        "tables": [*searches, *tables, table(f"resident memory of one step, {first}", memory)],
+        "tables": [
+            *(*searches, *tables),
+            table(f"resident memory of one step, {first}", memory),
+            table("arithmetic of a step beside that of a large product", shares),
+        ],
         "targets": [
+            *(
+                target(f"{row['precision']}: of a large product's FLOP/s", row["wanted"], row["share"])
+                for row in shares
+            ),
             target("step over the peer's default, natural lengths", 2.8, compared["over default"]),
             target("step over the peer's best, natural lengths", 2.0, compared["over best"]),
         ],
@@ -105,10 +125,14 @@ class Sides:
         self.peer_model = sentence_transformer(case)
         encoder = Encoder(copy.deepcopy(self.peer_model[0].auto_model))
         self.plain = copy.deepcopy(encoder)
+        if device.type == "cpu":
+            keep_freed_memory()  # as every stage does; the peer, in the same process, has it too
         distributed.start(device, 60)
         settings = OptimizerSettings(max_grad_norm=MAX_NORM, **ADAM)
-        self._on_gpu = device.type == "cuda"
-        self.engine = Engine(encoder, settings, stage=1, local_batch=case.pairs, device=device, bf16=self._on_gpu)
+        self.half, self._on_gpu = case.precision == "bf16", device.type == "cuda"
+        self.engine = Engine(encoder, settings, stage=1, local_batch=case.pairs, device=device, bf16=self.half)
+        if self.half:
+            self.plain.forward = torch.autocast(case.device, dtype=torch.bfloat16)(self.plain.forward)
         self.peer_adam = torch.optim.AdamW(self.peer_model.parameters(), lr=LR, fused=True, **ADAM)
         self.plain_adam = torch.optim.AdamW(self.plain.parameters(), lr=LR, fused=True, **ADAM)
         self.objective = partial(objectives.contrastive, temperature=TEMPERATURE)
@@ -151,6 +175,8 @@ class Sides:
         loss = CachedMultipleNegativesRankingLoss(self.peer_model, scale=1 / TEMPERATURE, **chosen)
         columns = _padded_columns(batch or self.batch, self.peer_model.device)
 
+        # transformers' Trainer leaves autocast before the backward, in which this loss runs its chunks again: in fp32
+        @torch.autocast(self.peer_model.device.type, dtype=torch.bfloat16, enabled=self.half)
         def step(update: bool = True) -> float:
             self.peer_adam.zero_grad()
             value = loss([dict(column) for column in columns], torch.empty(0, device=self.peer_model.device))
@@ -223,7 +249,7 @@ def _check_equal(sides: Sides, case: Case) -> dict[str, Any]:
     for chunk in (case.chunks[0], case.chunks[-1]):
         for name, budget in (("kept", KEEP_ALL), ("replayed", KEEP_NONE)):
             label = f"ours, {chunk} tokens, {name}"
-            found[label] = gate(label, _our_gradient(sides, chunk, budget), wanted)
+            found[label] = gate(label, _our_gradient(sides, chunk, budget), wanted, TOLERANCES[case.precision])
     sides.train(True)
     return found
 
@@ -325,8 +351,34 @@ def _describe(case: Case) -> str:
     tokens = int(texts(case).tokens.lengths.sum())
     return (
         f"{case.pairs} pairs, {tokens:,} tokens, {case.lengths} lengths, {case.layers} layers x {case.hidden}, "
-        f"{case.vocabulary:,} pieces, fp32, dropout on"
+        f"{case.vocabulary:,} pieces, {case.precision}, dropout on"
     )
+
+
+def _precisions() -> tuple[str, ...]:
+    return ("fp32", "bf16") if has_fast_bf16("cpu") else ("fp32",)
+
+
+# --- arithmetic --------------------------------------------------------------------------------------------------
+
+
+def _share(case: Case) -> dict[str, Any]:
+    """FLOP/s of our step, graphs kept and dropout on, over that of a product of two square matrices."""
+    sides, half = Sides(case), case.precision == "bf16"
+    (timing,) = alternate({"": sides.ours(case.chunks[0], KEEP_ALL)}, case.repeats).values()
+    shape = costs.Shape(case.layers, case.hidden, case.hidden // 64, 4 * case.hidden, case.vocabulary, 514)
+    compute = costs.Compute("cpu", case.chunks[0], half=half, dropout=True)
+    step = costs.work(shape, sides.batch.tokens.lengths, compute).flop / timing.median
+    square = torch.randn(4096, 4096).to(torch.bfloat16 if half else torch.float32)
+    (timing,) = alternate({"": partial(torch.mm, square, square)}, case.repeats).values()
+    product = 2 * len(square) ** 3 / timing.median
+    return {
+        "precision": case.precision,
+        "step, GFLOP/s": step / 1e9,
+        "product, GFLOP/s": product / 1e9,
+        "share": step / product,
+        "wanted": 0.3 if half else 0.7,
+    }
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

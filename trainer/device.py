@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -26,6 +27,19 @@ def pick_device(name: str) -> torch.device:
     device = torch.device("cuda", distributed.place().local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have glibc hold on to what tensors of up to 32 MiB give back, for those of the next chunk.
+
+    Left alone it returns them to the system, which then zeroes page after page again: an eighth of the time of a step
+    in fp32 on a CPU (benchmarks/LOG.md). Elsewhere this does nothing. See mallopt(3).
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option:
+        set_option(trim_threshold, -1)  # never
+        set_option(mmap_threshold, 32 << 20)  # the most that it takes
 
 
 def free_memory(device: torch.device) -> float:

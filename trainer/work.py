@@ -26,7 +26,7 @@ from data import staging
 from data.errors import Stopped, UserError
 from data.parts import Parts
 from trainer import distributed
-from trainer.device import pick_device
+from trainer.device import keep_freed_memory, pick_device
 from trainer.preempt import die_with_parent, leaving_when_warned
 
 log = logging.getLogger("quintet")
@@ -48,6 +48,8 @@ def job(
     """Join the other ranks of this job, if it has any, and leave them at the end. Raises UserError."""
     if "LOCAL_RANK" in os.environ:
         die_with_parent()  # a launcher that is killed takes its ranks along
+    if device.type == "cpu":
+        keep_freed_memory()
     distributed.start(device, timeout_seconds, start_seconds=start_seconds)
     try:
         yield
