@@ -70,9 +70,7 @@ LARGE = Case(vocabulary=250_002, sizes=(8, 16, 32), budgets=(2048, 4096), chunks
 HALF = Case(pairs=128, layers=6, hidden=384, sizes=(2, 4, 8, 16, 32), budgets=(1024, 2048, 4096), precision="bf16")
 CASES = {"natural lengths": NATURAL, "equal lengths": EQUAL, "large vocabulary": LARGE, "bf16": HALF}
 # What the encoder's products could be: a large product of the same type on the same cores.
-SHARES = [
-    Case(layers=12, hidden=384, pairs=64, lengths="equal", chunks=(2048,), repeats=5, precision=p) for p in TOLERANCES
-]
+SHARE = Case(layers=12, hidden=384, pairs=64, lengths="equal", chunks=(2048,))
 QUICK = Case(pairs=16, vocabulary=500, layers=1, hidden=32, sizes=(4, 32), budgets=(512,), chunks=(256,), repeats=1)
 
 Peer = tuple[str, int]  # the keyword of the peer's loss, and its value
