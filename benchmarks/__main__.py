@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-SCRIPTS = ("step", "loss", "reading", "scores", "search", "mining", "plan", "checkpoint")
+SCRIPTS = ("step", "ranks", "loss", "encoding", "reading", "scores", "search", "mining", "plan", "checkpoint")
 GPU = "gpu"  # runs when it is named
 
 

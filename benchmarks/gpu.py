@@ -13,16 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers.util import semantic_search
 
-from benchmarks import scores, step
-from benchmarks.common import GateError, Timing, alternate, in_child, table, target
-from data.tokens import Ragged
+from benchmarks import encoding, scores, step
+from benchmarks.common import GateError, alternate, in_child, table, target
 from trainer.embed import encode
-from trainer.encoder import Encoder
-from trainer.meter import peak_flops
 from trainer.rankcount import count_above, own_scores
 
 SMALL = step.Case(layers=12, hidden=384, vocabulary=250_002, precision="bf16", device="cuda", pairs=2048)
@@ -80,74 +76,10 @@ def measure(quick: bool = False) -> dict[str, Any]:
 
 
 def _encoding(sizes: Sizes) -> dict[str, Any]:
-    return {f"encode, {name}": _encode(sizes, case) for name, case in sizes.shapes.items()}
-
-
-def _encode(sizes: Sizes, case: step.Case) -> dict[str, Any]:
-    """Token ids to vectors; the peer's `forward` by batches of texts sorted by length, as its `encode` makes them."""
-    peer = step.sentence_transformer(case).eval()
-    tokens = step.texts(replace(case, pairs=sizes.texts // 2)).tokens
-    encoder = Encoder(peer[0].auto_model).eval()
-    device = torch.device(case.device)
-    flops = 2 * _products(encoder) * int(tokens.lengths.sum())
-
-    def ours(chunk: int) -> torch.Tensor:
-        return encode(encoder, tokens, tokens_per_chunk=chunk, device=device, precision="bf16")
-
-    wanted, got = _by_peer(peer, tokens, sizes.batches[0], device), ours(sizes.chunks[0])
-    cosine = float(torch.nn.functional.cosine_similarity(wanted, got).min())
-    if cosine < 0.99:
-        raise GateError(f"the vectors have a cosine of {cosine:.4f} to the peer's")
-    found = alternate(
-        {f"ours, chunk={chunk}": (lambda chunk=chunk: ours(chunk)) for chunk in sizes.chunks}
-        | {f"peer, batch={size}": (lambda size=size: _by_peer(peer, tokens, size, device)) for size in sizes.batches},
-        sizes.repeats,
-        warm_ups=0,
-    )
-    return _beside(found, int(tokens.lengths.sum()), flops, device) | {"correctness": {"smallest cosine": cosine}}
-
-
-def _by_peer(peer: Any, tokens: Ragged, batch: int, device: torch.device) -> torch.Tensor:
-    """What SentenceTransformer.encode does behind its tokenizer, under autocast to bf16."""
-    order = np.argsort(-tokens.lengths, kind="stable")
-    vectors = []
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
-        for start in range(0, len(order), batch):
-            ids, mask = step.gradcache.pad(tokens, order[start : start + batch], step.PADDING)
-            features = {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
-            embedded = peer(features)["sentence_embedding"]
-            vectors.append(torch.nn.functional.normalize(embedded.float(), dim=1))
-    found = torch.empty(len(order), vectors[0].shape[1])
-    found[torch.from_numpy(order)] = torch.cat(vectors).cpu()
-    return found
-
-
-def _products(encoder: torch.nn.Module) -> int:
-    """Parameters that take part in matrix products: all but the tables that are looked up."""
-    tables = [module for module in encoder.modules() if isinstance(module, torch.nn.Embedding)]
-    return sum(p.numel() for p in encoder.parameters()) - sum(table.weight.numel() for table in tables)
-
-
-def _beside(found: dict[str, Timing], tokens: int, flops: float, device: torch.device) -> dict[str, Any]:
-    """Rows with tokens a second and MFU; our fastest over the peer's fastest, by the wall: the GPU does the work."""
-    rows = [
-        {
-            "variant": name,
-            "s": timing.median,
-            "tokens/s": round(tokens / timing.median),
-            "MFU": _mfu(flops / timing.median, device),
-        }
-        for name, timing in found.items()
-    ]
-    best = {
-        side: min(timing.median for name, timing in found.items() if name.startswith(side)) for side in ("ours", "peer")
+    return {
+        f"encode, {name}": encoding.compare(case, sizes.texts, sizes.chunks, sizes.batches, sizes.repeats)
+        for name, case in sizes.shapes.items()
     }
-    return {"rows": rows, "ratio": best["peer"] / best["ours"]}
-
-
-def _mfu(rate: float, device: torch.device) -> str:
-    peak = peak_flops(device)
-    return f"{rate / peak:.1%}" if peak else "-"
 
 
 # --- the filter --------------------------------------------------------------------------------------------------
@@ -232,7 +164,7 @@ def _steps(sizes: Sizes, case: step.Case) -> tuple[dict[str, Any], dict[str, Any
     little = step.texts(replace(case, pairs=64))
     correctness = _loss_as_on_the_cpu(sides, little)
     tokens = int(sides.batch.tokens.lengths.sum())
-    flops = 6 * _products(sides.plain)
+    flops = 6 * encoding.products(sides.plain)
     found = alternate(
         {f"ours, chunk={chunk}": _waited(sides.ours(chunk, None), device) for chunk in sizes.chunks[:-1]}
         | {
@@ -241,7 +173,7 @@ def _steps(sizes: Sizes, case: step.Case) -> tuple[dict[str, Any], dict[str, Any
         },
         sizes.repeats,
     )
-    compared = _beside(found, tokens, flops * tokens, device) | {"correctness": correctness}
+    compared = encoding.beside(found, tokens, flops * tokens, device) | {"correctness": correctness}
     best = min(sizes.chunks[:-1], key=lambda chunk: found[f"ours, chunk={chunk}"].median)
     return compared, _whole_pool(sides, replace(case, pairs=sizes.pool), best, flops, correctness)
 
@@ -262,7 +194,7 @@ def _whole_pool(
         "s": timing.median,
         "tokens": tokens,
         "tokens/s": round(tokens / timing.median),
-        "MFU": _mfu(flops * tokens / timing.median, device),
+        "MFU": encoding.mfu(flops * tokens / timing.median, device),
         "loss, share": last.seconds.loss / timing.median,
         "chunks kept": f"{last.kept} of {last.chunks}",
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan,

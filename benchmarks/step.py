@@ -80,14 +80,14 @@ DEFAULT: Peer = ("mini_batch_size", 32)
 def measure(quick: bool = False) -> dict[str, Any]:
     """Every case: the gate, the search, the alternation; then peak memory in child processes."""
     cases = {"small": QUICK, "bf16": replace(QUICK, precision="bf16")} if quick else CASES
-    cases = {name: case for name, case in cases.items() if case.precision in _precisions()}
+    cases = {name: case for name, case in cases.items() if case.precision in precisions()}
     results = {}
     for name, case in cases.items():
         print(f"step: {name} ...", flush=True)
         results[name] = in_child(_compare, case)
     (first, compared), *_ = results.items()
     memory = _memory_rows(cases[first], compared["chosen"])
-    shares = [in_child(_share, replace(QUICK if quick else SHARE, precision=each)) for each in _precisions()]
+    shares = [in_child(_share, replace(QUICK if quick else SHARE, precision=each)) for each in precisions()]
     tables = [table(f"step, {name}: {_describe(cases[name])}", found["rows"]) for name, found in results.items()]
     searches = [table(f"search, {name}", found["search"]) for name, found in results.items()]
     return {
@@ -167,10 +167,14 @@ class Sides:
 
         return step
 
-    def peer(self, setting: Peer, batch: Batch | None = None) -> Callable[..., float]:
-        """The loop that sentence-transformers' trainer runs, without its logging and data loading."""
-        chosen: dict[str, Any] = dict([setting])
+    def peer(self, setting: Peer, batch: Batch | None = None, wrapped: Any = None) -> Callable[..., float]:
+        """The loop that sentence-transformers' trainer runs, without its logging and data loading.
+
+        wrapped: the model in DistributedDataParallel, on several ranks, whose passages are then gathered.
+        """
+        chosen: dict[str, Any] = dict([setting]) | {"gather_across_devices": wrapped is not None}
         loss = CachedMultipleNegativesRankingLoss(self.peer_model, scale=1 / TEMPERATURE, **chosen)
+        loss.model = wrapped or self.peer_model
         columns = _padded_columns(batch or self.batch, self.peer_model.device)
 
         # transformers' Trainer leaves autocast before the backward, in which this loss runs its chunks again: in fp32
@@ -247,12 +251,12 @@ def _check_equal(sides: Sides, case: Case) -> dict[str, Any]:
     for chunk in (case.chunks[0], case.chunks[-1]):
         for name, budget in (("kept", KEEP_ALL), ("replayed", KEEP_NONE)):
             label = f"ours, {chunk} tokens, {name}"
-            found[label] = gate(label, _our_gradient(sides, chunk, budget), wanted, TOLERANCES[case.precision])
+            found[label] = gate(label, our_gradient(sides, chunk, budget), wanted, TOLERANCES[case.precision])
     sides.train(True)
     return found
 
 
-def _our_gradient(sides: Sides, tokens_per_chunk: int, budget: float) -> tuple[float, Tensor]:
+def our_gradient(sides: Sides, tokens_per_chunk: int, budget: float) -> tuple[float, Tensor]:
     """The gradient as it reaches AdamW through ZeRO: from zero, its first moment becomes (1 - beta) x clipped gradient.
 
     A learning rate of 0 leaves the weights where they are.
@@ -267,9 +271,14 @@ def _our_gradient(sides: Sides, tokens_per_chunk: int, budget: float) -> tuple[f
 
 def _peer_gradient(sides: Sides, setting: Peer) -> tuple[float, Tensor]:
     loss = sides.peer(setting)(update=False)
+    return loss, gradient_of_peer(sides)
+
+
+def gradient_of_peer(sides: Sides) -> Tensor:
+    """What the peer's last backward left, in our order of parameters."""
     named = dict(sides.peer_model[0].auto_model.named_parameters())
     gradients = [named[name.removeprefix("backbone.")].grad.flatten() for name in sides.engine.trained()]
-    return loss, torch.cat(gradients)
+    return torch.cat(gradients)
 
 
 # --- the comparison ----------------------------------------------------------------------------------------------
@@ -353,7 +362,8 @@ def _describe(case: Case) -> str:
     )
 
 
-def _precisions() -> tuple[str, ...]:
+def precisions() -> tuple[str, ...]:
+    """What this processor has fast products of."""
     return ("fp32", "bf16") if has_fast_bf16("cpu") else ("fp32",)
 
 

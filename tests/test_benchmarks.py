@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import checkpoint, common, gpu, loss, mining, scores, search, step
+from benchmarks import checkpoint, common, encoding, gpu, loss, mining, ranks, scores, search, step
 from benchmarks.__main__ import SCRIPTS, run
 from trainer.device import has_fast_bf16
 
@@ -125,6 +125,17 @@ def test_a_gate_refuses_another_number_and_another_verdict() -> None:
         search._gate_search((scores, np.array([[4, 2, 3]])), (scores, numbers))
     with pytest.raises(common.GateError, match="1 pairs"):
         search._gate_filter(np.array([True, True]), np.array([0.9, 0.3]), np.array([[0.8, 0.5], [0.8, 0.5]]))
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_loss_and_gradient_of_the_peer_under_ddp_before_they_are_timed() -> None:
+    (checked,) = ranks.measure(quick=True)["correctness"].values()
+    assert checked["gradient_error"] < 1e-5
+
+
+def test_encoding_gives_the_vectors_of_the_peer_before_it_is_timed() -> None:
+    found = encoding.measure(quick=True)["correctness"]
+    assert found["fp32"]["smallest cosine"] > 0.99999
 
 
 def test_the_checkpoint_benchmark_runs_at_a_tiny_size() -> None:

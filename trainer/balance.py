@@ -91,9 +91,9 @@ def _assembled(batch: Batch, fields: NDArray[np.int64], ids: NDArray[np.int32]) 
     return replace(
         batch,
         tokens=came.take(np.argsort(places)),
-        query_hash=query_hash[:, 0],
+        query_hash=query_hash[:, 0].copy(),  # in one piece, as what is searched in should be
         passage_hash=np.concatenate([hashes[:, 0], hashes[:, 1:].reshape(-1)]),
-        record_ids=record_ids[:, 0],
+        record_ids=record_ids[:, 0].copy(),
         scores=None if batch.scores is None else bits.astype(np.int32).view(np.float32),
         unscored=np.flatnonzero(unscored),
         own_only=None if batch.own_only is None else own_only[:, 0].astype(np.bool_),

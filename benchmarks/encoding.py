@@ -1,0 +1,120 @@
+"""Token ids to vectors, beside sentence-transformers' forward as its `encode` calls it: sorted by length, by batches.
+
+On this machine's processor, in fp32 and, where it has products of it, in bf16; benchmarks/gpu.py does so on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import step
+from benchmarks.common import GateError, Timing, alternate, in_child, table, target
+from data.tokens import Ragged
+from trainer.device import keep_freed_memory
+from trainer.embed import encode
+from trainer.encoder import Encoder
+from trainer.meter import peak_flops
+
+SMALL = step.Case(layers=12, hidden=384, vocabulary=32_000)
+TEXTS, CHUNKS, BATCHES, REPEATS = 1024, (1024, 2048, 4096, 8192), (8, 16, 32, 64, 128), 3
+
+
+def measure(quick: bool = False) -> dict[str, Any]:
+    """Each precision in a process of its own."""
+    sizes: Any = (64, (256, 512), (8, 16), 1) if quick else (TEXTS, CHUNKS, BATCHES, REPEATS)
+    found = {
+        precision: in_child(_on_the_host, replace(step.QUICK if quick else SMALL, precision=precision), *sizes)
+        for precision in step.precisions()
+    }
+    return {
+        "settings": {"model": vars(SMALL), "texts": sizes[0], "seed": step.SEED},
+        "correctness": {precision: each["correctness"] for precision, each in found.items()},
+        "tables": [table(f"encode, 12 x 384, {precision}", each["rows"]) for precision, each in found.items()],
+        "targets": [
+            target(f"encode, {precision}: over the peer's best", 1.3, each["ratio"])
+            for precision, each in found.items()
+        ],
+    }
+
+
+def _on_the_host(case: step.Case, *sizes: Any) -> dict[str, Any]:
+    keep_freed_memory()
+    return compare(case, *sizes)
+
+
+def compare(
+    case: step.Case, texts: int, chunks: tuple[int, ...], batches: tuple[int, ...], repeats: int
+) -> dict[str, Any]:
+    """Ours by every number of tokens in a chunk, the peer by every batch size; vectors are compared first."""
+    peer = step.sentence_transformer(case).eval()
+    tokens = step.texts(replace(case, pairs=texts // 2)).tokens
+    encoder = Encoder(peer[0].auto_model).eval()
+    device = torch.device(case.device)
+    flops = 2 * products(encoder) * int(tokens.lengths.sum())
+
+    def ours(chunk: int) -> torch.Tensor:
+        return encode(encoder, tokens, tokens_per_chunk=chunk, device=device, precision=case.precision)
+
+    def peers(batch: int) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=case.precision == "bf16"):
+            return _by_peer(peer, tokens, batch, device)
+
+    wanted, got = peers(batches[0]), ours(chunks[0])
+    cosine = float(torch.nn.functional.cosine_similarity(wanted, got).min())
+    if cosine < (0.99 if case.precision == "bf16" else 0.99999):
+        raise GateError(f"the vectors have a cosine of {cosine:.6f} to the peer's")
+    found = alternate(
+        {f"ours, chunk={chunk}": (lambda chunk=chunk: ours(chunk)) for chunk in chunks}
+        | {f"peer, batch={size}": (lambda size=size: peers(size)) for size in batches},
+        repeats,
+        warm_ups=0,
+    )
+    return beside(found, int(tokens.lengths.sum()), flops, device) | {"correctness": {"smallest cosine": cosine}}
+
+
+def _by_peer(peer: Any, tokens: Ragged, batch: int, device: torch.device) -> torch.Tensor:
+    """What SentenceTransformer.encode does behind its tokenizer."""
+    order = np.argsort(-tokens.lengths, kind="stable")
+    vectors = []
+    with torch.no_grad():
+        for start in range(0, len(order), batch):
+            ids, mask = step.gradcache.pad(tokens, order[start : start + batch], step.PADDING)
+            features = {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
+            embedded = peer(features)["sentence_embedding"]
+            vectors.append(torch.nn.functional.normalize(embedded.float(), dim=1))
+    found = torch.empty(len(order), vectors[0].shape[1])
+    found[torch.from_numpy(order)] = torch.cat(vectors).cpu()
+    return found
+
+
+def products(encoder: torch.nn.Module) -> int:
+    """Parameters that take part in matrix products: all but the tables that are looked up."""
+    tables = [module for module in encoder.modules() if isinstance(module, torch.nn.Embedding)]
+    return sum(p.numel() for p in encoder.parameters()) - sum(table.weight.numel() for table in tables)
+
+
+def beside(found: dict[str, Timing], tokens: int, flops: float, device: torch.device) -> dict[str, Any]:
+    """Rows with tokens a second and MFU; our fastest over the peer's fastest, by the wall."""
+    rows = [
+        {
+            "variant": name,
+            "s": timing.median,
+            "tokens/s": round(tokens / timing.median),
+            "MFU": mfu(flops / timing.median, device),
+        }
+        for name, timing in found.items()
+    ]
+    best = {
+        side: min(timing.median for name, timing in found.items() if name.startswith(side)) for side in ("ours", "peer")
+    }
+    return {"rows": rows, "ratio": best["peer"] / best["ours"]}
+
+
+def mfu(rate: float, device: torch.device) -> str:
+    """A rate in FLOP/s as a share of a card's peak; a dash where that is not known."""
+    peak = peak_flops(device)
+    return f"{rate / peak:.1%}" if peak else "-"
