@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
     rows = [{"model": name, **in_child(_measure, case)} for name, case in cases.items()]
     shares = [float(row["stall, s"]) / EVERY_SECONDS for row in rows]
     return {
-        "settings": {name: vars(case) for name, case in cases.items()} | {"every, s": EVERY_SECONDS},
+        "settings": {name: asdict(case) for name, case in cases.items()} | {"every, s": EVERY_SECONDS},
         "tables": [table("one checkpoint", rows)],
         "targets": [target("largest stall, of the time between checkpoints", 0.02, max(shares), at_most=True)],
     }

@@ -129,17 +129,22 @@ def test_a_gate_refuses_another_number_and_another_verdict() -> None:
 
 @pytest.mark.slow
 def test_two_ranks_have_the_loss_and_gradient_of_the_peer_under_ddp_before_they_are_timed() -> None:
-    (checked,) = ranks.measure(quick=True)["correctness"].values()
+    result = ranks.measure(quick=True)
+    json.dumps(result)
+    (checked,) = result["correctness"].values()
     assert checked["gradient_error"] < 1e-5
 
 
 def test_encoding_gives_the_vectors_of_the_peer_before_it_is_timed() -> None:
-    found = encoding.measure(quick=True)["correctness"]
-    assert found["fp32"]["smallest cosine"] > 0.99999
+    result = encoding.measure(quick=True)
+    json.dumps(result)
+    assert result["correctness"]["fp32"]["smallest cosine"] > 0.99999
 
 
 def test_the_checkpoint_benchmark_runs_at_a_tiny_size() -> None:
-    (shown,) = checkpoint.measure(quick=True)["tables"]
+    result = checkpoint.measure(quick=True)
+    json.dumps(result)
+    (shown,) = result["tables"]
     (row,) = shown["rows"]
     assert row["GB"] * 1e9 > 12 * row["parameters"]
     assert 0 < row["stall, s"] < row["written after, s"] + row["stall, s"]
