@@ -64,7 +64,7 @@ def test_output_and_gradients_are_the_formulas(kind: torch.dtype, error: float, 
     for ours, theirs in pairs:
         assert ours is not None
         assert theirs is not None
-        assert float((ours.detach().double() - theirs.detach()).norm() / theirs.norm()) < error
+        assert float((ours.detach().double() - theirs.detach()).norm() / theirs.detach().norm()) < error
 
 
 def test_out_of_training_nothing_is_dropped_and_padding_is_not_seen() -> None:
