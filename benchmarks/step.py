@@ -70,7 +70,7 @@ LARGE = Case(vocabulary=250_002, sizes=(8, 16, 32), budgets=(2048, 4096), chunks
 HALF = Case(pairs=128, layers=6, hidden=384, sizes=(2, 4, 8, 16, 32), budgets=(1024, 2048, 4096), precision="bf16")
 CASES = {"natural lengths": NATURAL, "equal lengths": EQUAL, "large vocabulary": LARGE, "bf16": HALF}
 # What the encoder's products could be: a large product of the same type on the same cores.
-SHARE = Case(layers=12, hidden=384, pairs=64, lengths="equal", chunks=(2048,))
+SHARE = Case(layers=12, hidden=384, pairs=128, lengths="equal", chunks=(2048, 4096, 8192))
 QUICK = Case(pairs=16, vocabulary=500, layers=1, hidden=32, sizes=(4, 32), budgets=(512,), chunks=(256,), repeats=1)
 
 Peer = tuple[str, int]  # the keyword of the peer's loss, and its value
@@ -373,15 +373,17 @@ def precisions() -> tuple[str, ...]:
 def _share(case: Case) -> dict[str, Any]:
     """FLOP/s of our step, graphs kept and dropout on, over that of a product of two square matrices."""
     sides, half = Sides(case), case.precision == "bf16"
-    (timing,) = alternate({"": sides.ours(case.chunks[0], KEEP_ALL)}, case.repeats).values()
-    shape = costs.Shape(case.layers, case.hidden, case.hidden // 64, 4 * case.hidden, case.vocabulary, 514)
-    compute = costs.Compute("cpu", case.chunks[0], half=half, dropout=True)
-    step = costs.work(shape, sides.batch.tokens.lengths, compute).flop / timing.median
     square = torch.randn(4096, 4096).to(torch.bfloat16 if half else torch.float32)
-    (timing,) = alternate({"": partial(torch.mm, square, square)}, case.repeats).values()
-    product = 2 * len(square) ** 3 / timing.median
+    steps = {chunk: sides.ours(chunk, KEEP_ALL) for chunk in case.chunks}
+    timings = alternate({"product": partial(torch.mm, square, square), **steps}, case.repeats)
+    product = 2 * len(square) ** 3 / timings.pop("product").median
+    chunk = min(timings, key=lambda size: timings[size].median)
+    shape = costs.Shape(case.layers, case.hidden, case.hidden // 64, 4 * case.hidden, case.vocabulary, 514)
+    compute = costs.Compute("cpu", chunk, half=half, dropout=True)
+    step = costs.work(shape, sides.batch.tokens.lengths, compute).flop / timings[chunk].median
     return {
         "precision": case.precision,
+        "chunk": chunk,
         "step, GFLOP/s": step / 1e9,
         "product, GFLOP/s": product / 1e9,
         "share": step / product,

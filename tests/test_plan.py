@@ -81,16 +81,7 @@ def test_parameters_are_those_of_a_built_encoder(shape: Shape) -> None:
 )
 def test_the_published_models_have_their_published_sizes(name: str, family: str, millions: int) -> None:
     shape = PUBLISHED[name]
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=shape.positions,
-        type_vocab_size=shape.types,
-    )
+    config = AutoConfig.for_model(family, **shape.config)
     with torch.device("meta"):
         whole = AutoModel.from_config(config)
     pooler = shape.hidden**2 + shape.hidden

@@ -152,16 +152,10 @@ def texts(lengths: np.ndarray, vocabulary: int, seed: int) -> Batch:
 def stepper(shape: Shape, precision: str, device: torch.device, compute: Compute, zero_stage: int = 1) -> Stepper:
     """The step that `quintet pretrain` takes, on random weights of this shape."""
     torch.manual_seed(0)
+    sizes = shape.config
+    vocabulary, dropout = sizes.pop("vocab_size"), DROPOUT * compute.dropout
     backbone = build_random(
-        *("bert", shape.vocabulary, PADDING),
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=shape.positions,
-        type_vocab_size=shape.types,
-        hidden_dropout_prob=DROPOUT * compute.dropout,
-        attention_probs_dropout_prob=DROPOUT * compute.dropout,
+        *("bert", vocabulary, PADDING), **sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
     )
     settings = OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
     bf16 = precision == "bf16"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,19 @@ class Shape:
         biases_and_norms = self.layers * (9 * self.hidden + self.intermediate) + 2 * self.hidden
         tables = (self.positions + self.types) * self.hidden
         return self.words + tables + self.products + biases_and_norms
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The same in the names of transformers' configurations."""
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": self.positions,
+            "type_vocab_size": self.types,
+        }
 
     def trained(self, freeze_positions: bool) -> int:
         return self.parameters - (self.positions * self.hidden if freeze_positions else 0)
