@@ -37,6 +37,8 @@ class Case:
 
 SQUARE = Case()
 POOL = Case(queries=2048, candidates=32_768, chunks=(32, 256, 512, 1024, 2048), blocks=(64, 128, 256, 512), repeats=5)
+# Ours alone, for whether time and memory grow as the pool does: 256 queries of a rank among that many passages.
+GROWTH, GROWTH_QUICK = (16_384, 65_536, 262_144), (256, 512)
 QUICK = Case(queries=96, candidates=192, size=32, chunks=(32, 96), blocks=(32,), repeats=1)
 
 Run = Callable[[], tuple[Tensor, Tensor, Tensor]]  # loss, gradient of the queries, gradient of the candidates
@@ -47,6 +49,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
     cases = {"small": QUICK} if quick else {"batch of 4,096": SQUARE, "2,048 queries, pool of 32,768": POOL}
     results = {name: _compare(case) for name, case in cases.items()}
     (first, compared), *_ = results.items()
+    growth = _growth(GROWTH_QUICK if quick else GROWTH)
     tables = [
         table(f"{kind}, {name}, {cases[name].size} numbers an embedding, fp32", found[kind])
         for name, found in results.items()
@@ -55,8 +58,13 @@ def measure(quick: bool = False) -> dict[str, Any]:
     return {
         "settings": {name: vars(case) for name, case in cases.items()} | {"seed": SEED, "temperature": TEMPERATURE},
         "correctness": {name: found["correctness"] for name, found in results.items()},
-        "tables": tables,
+        "tables": [*tables, table("ours, 256 queries, by the size of the pool", growth)],
         "targets": [
+            target(
+                f"time of a logit, pool of {growth[-1]['pool']:,} over {growth[0]['pool']:,}",
+                *(1.25, growth[-1]["ns a logit"] / growth[0]["ns a logit"]),
+                at_most=True,
+            ),
             target(f"loss stage over the peer's best chunk, {first}", 2.0, compared["over best"]),
             target(f"extra memory over naive autograd's, {first}", 1 / 8, compared["memory"], at_most=True),
         ],
@@ -212,6 +220,21 @@ def _memory(case: Case, variant: Variant) -> Memory:
     """What the stage takes beside the embeddings, its own results included."""
     variant(QUICK)()  # brings in what the libraries allocate once
     return extra_memory(variant(case))
+
+
+def _growth(pools: tuple[int, ...]) -> list[dict[str, Any]]:
+    cases = {pool: Case(queries=256, candidates=pool) for pool in pools}
+    timings = alternate({str(pool): OURS(case) for pool, case in cases.items()}, repeats=5)
+    return [
+        {
+            "pool": pool,
+            "wall s": timings[str(pool)].median,
+            "ns a logit": 1e9 * timings[str(pool)].median / (case.queries * pool),
+            "extra memory, MB": (extra := in_child(_memory, case, OURS).extra) / 1e6,
+            "bytes a passage": extra / pool,
+        }
+        for pool, case in cases.items()
+    ]
 
 
 def _megabytes(extra: int | None) -> float | str:
