@@ -13,9 +13,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
@@ -26,7 +28,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from benchmarks import common
 from benchmarks.common import Memory, Timing, alternate, extra_memory, gate, in_child, ratio, rivals, table, target
+from data import mixture
 from data.collate import Batch
+from data.reading import read_block
 from data.tokens import Ragged
 from trainer import costs, distributed, gradcache, objectives
 from trainer.device import has_fast_bf16, keep_freed_memory
@@ -45,7 +49,8 @@ TOLERANCES = {"fp32": common.FP32, "bf16": common.Tolerance(0.05, 0.3, 0.95)}  #
 class Case:
     """What is trained on, and the settings that are searched.
 
-    lengths: "natural" (lognormal: queries median 12, sigma 0.6, cut at 64; passages 70, 0.9, 512) or "equal" (64).
+    lengths: "natural" (lognormal: queries median 12, sigma 0.6, cut at 64; passages 70, 0.9, 512), "equal" (64), or
+        "collected": those of the docstrings that `make demo-full` collects.
     sizes, budgets: the peer's mini_batch_size and mini_batch_num_tokens; chunks: our tokens_per_chunk.
     """
 
@@ -64,11 +69,19 @@ class Case:
 
 NATURAL = Case()
 EQUAL = Case(lengths="equal", budgets=())  # a budget of tokens is a number of texts there
+DEMO = Path("demo-full/shards")
+COLLECTED = Case(lengths="collected", repeats=3)
 # XLM-R's own vocabulary: the gradient of its table, 192 MB a mini-batch, makes small mini-batches dear.
 LARGE = Case(vocabulary=250_002, sizes=(8, 16, 32), budgets=(2048, 4096), chunks=(1024, 2048, 4096), repeats=3)
 # A model as it is trained, in the precision that it is trained in, where this processor has products of it.
 HALF = Case(pairs=128, layers=6, hidden=384, sizes=(2, 4, 8, 16, 32), budgets=(1024, 2048, 4096), precision="bf16")
-CASES = {"natural lengths": NATURAL, "equal lengths": EQUAL, "large vocabulary": LARGE, "bf16": HALF}
+CASES = {
+    "natural lengths": NATURAL,
+    **({"collected text": COLLECTED} if DEMO.is_dir() else {}),
+    "equal lengths": EQUAL,
+    "large vocabulary": LARGE,
+    "bf16": HALF,
+}
 # What the encoder's products could be: a large product of the same type on the same cores.
 SHARE = Case(layers=12, hidden=384, pairs=128, lengths="equal", chunks=(2048, 4096, 8192))
 QUICK = Case(pairs=16, vocabulary=500, layers=1, hidden=32, sizes=(4, 32), budgets=(512,), chunks=(256,), repeats=1)
@@ -195,15 +208,26 @@ def texts(case: Case) -> Batch:
     """Random token ids of the case's lengths, all different."""
     generator = np.random.default_rng(SEED)
 
-    def lengths(median: float, sigma: float, longest: int) -> np.ndarray:
-        if case.lengths == "equal":
-            return np.full(case.pairs, 64)
+    def drawn(median: float, sigma: float, longest: int) -> np.ndarray:
         return np.clip(np.round(generator.lognormal(math.log(median), sigma, case.pairs)), 3, longest)
 
-    sizes = np.concatenate([lengths(12, 0.6, 64), lengths(70, 0.9, 512)]).astype(np.int32)
+    if case.lengths == "natural":
+        sizes = np.concatenate([drawn(12, 0.6, 64), drawn(70, 0.9, 512)]).astype(np.int32)
+    elif case.lengths == "equal":
+        sizes = np.full(2 * case.pairs, 64, np.int32)
+    else:
+        sizes = _collected(case.pairs)
     ids = generator.integers(5, case.vocabulary, int(sizes.sum())).astype(np.int32)
     numbers = np.arange(case.pairs)
     return Batch(Ragged(ids, sizes), case.pairs, 0, numbers, numbers + case.pairs, numbers)
+
+
+def _collected(pairs: int) -> np.ndarray:
+    """Tokens of the first docstrings' queries, then of their passages: int32 [2 pairs]."""
+    source = next(source for source in mixture.load(str(DEMO)).sources if source.name == "docstrings")
+    block = read_block(source.index, *source.blocks[0].tolist()).table[:pairs]
+    sides = [pc.list_value_length(block[name]).to_numpy() for name in ("query_tokens", "passage_tokens")]
+    return np.concatenate(sides).astype(np.int32)
 
 
 def _padded_columns(batch: Batch, device: torch.device) -> list[dict[str, Tensor]]:
