@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import ipaddress
 import logging
@@ -121,18 +122,20 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen()
+        except OSError:
+            listening.close()
+            raise
     except OSError as error:
-        raise UserError(f"host={host}: no address of this machine ({error}); use 127.0.0.1 or 0.0.0.0") from None
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen()
-    except OSError as error:
-        listening.close()
-        raise UserError(
-            f"port={port}: cannot be had on {host} ({error.strerror}); another program may use it: "
-            f"take another, such as port={port + 1 if 1023 < port < 65535 else 8000}, or port=0 for any that is free"
-        ) from None
+        reason = error.strerror or str(error)
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            other = port + 1 if 1023 < port < 65535 else 8000
+            mend = f"take another, such as port={other}, or port=0 for any that is free"
+            raise UserError(f"port={port}: cannot be had on {host} ({reason}); {mend}") from None
+        raise UserError(f"host={host}: no address of this machine ({reason}); use 127.0.0.1 or 0.0.0.0") from None
     return listening
 
 
