@@ -147,6 +147,7 @@ def serve(page: Page, listening: socket.socket) -> None:
             "host=%s: whoever reaches this machine may ask and read the passages; there is no login and no encryption",
             page.host,
         )
+    page.answer("the first question also pays for what is made once")
     shown = f"[{page.host}]" if ":" in page.host else page.host
     log.info("open http://%s:%d/ in a browser; Ctrl-C ends", shown, port)
     server(page).run(sockets=[listening])
