@@ -104,7 +104,7 @@ STAGES = {
     ),
     "search": Stage(
         "trainer.search",
-        "index texts and ask questions",
+        "the nearest texts for a question, in the terminal or on a local page; two models side by side",
         'quintet search model=run/model input=texts.jsonl query="how do I reset the device?"',
     ),
 }
