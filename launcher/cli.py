@@ -9,7 +9,6 @@ import argparse
 import atexit
 import difflib
 import importlib
-import importlib.metadata
 import logging
 import os
 import signal
@@ -105,7 +104,7 @@ STAGES = {
     ),
     "search": Stage(
         "trainer.search",
-        "index texts and ask questions",
+        "the nearest texts for a question, in the terminal or on a local page; two models side by side",
         'quintet search model=run/model input=texts.jsonl query="how do I reset the device?"',
     ),
 }
@@ -155,10 +154,18 @@ def _dispatch(words: list[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
     if parser.parse_args(words).version:
-        print(f"quintet {importlib.metadata.version('quintet')}")
+        print(_version())
     else:
         print(_list_of_stages())
     return EXIT_DONE
+
+
+def _version() -> str:
+    """The package's version, and the commit where it is known."""
+    from trainer.runfolder import commit, versions
+
+    known = commit()
+    return f"quintet {versions()['quintet'] or 'not installed'}{f' (commit {known})' if known else ''}"
 
 
 def _run_stage(name: str, words: list[str]) -> int:

@@ -108,11 +108,16 @@ def test_help_needs_neither_torch_nor_omegaconf_and_less_than_half_a_second() ->
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
-def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--version"]) == 0
-    setup = (Path(__file__).parent.parent / "setup.cfg").read_text(encoding="utf-8")
+def test_version_is_that_of_the_package_and_names_the_commit(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parent.parent
+    setup = (root / "setup.cfg").read_text(encoding="utf-8")
     version = next(line.split("=")[1].strip() for line in setup.splitlines() if line.startswith("version"))
-    assert capsys.readouterr().out == f"quintet {version}\n"
+    assert cli.main(["--version"]) == 0
+    told, _, commit = capsys.readouterr().out.strip().partition(" (commit ")
+    assert told == f"quintet {version}"
+    if (root / ".git").exists():
+        head = subprocess.check_output(["git", "-C", root, "rev-parse", "HEAD"], text=True).strip()
+        assert commit in (f"{head})", f"{head}+changes)")
 
 
 @pytest.mark.parametrize(("word", "mend"), [("pretain", "did you mean pretrain?"), ("zzz", "quintet --help")])

@@ -175,6 +175,28 @@ def test_the_commit_is_the_checkouts() -> None:
     assert told[:40] == subprocess.check_output(["git", "-C", ROOT, "rev-parse", "HEAD"], text=True).strip()
 
 
+@pytest.mark.parametrize(
+    ("written", "commit"),
+    [
+        ('{"url": "https://example.org/q.git", "vcs_info": {"vcs": "git", "commit_id": "0123abcd"}}', "0123abcd"),
+        ('{"url": "file:///q", "dir_info": {"editable": true}}', None),
+        ("{", None),
+        (None, None),
+    ],
+)
+def test_the_commit_of_an_installed_package_is_what_pip_took_from_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str | None, commit: str | None
+) -> None:
+    folder = tmp_path / "quintet-9.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: quintet\nVersion: 9\n", encoding="utf-8")
+    if written is not None:
+        (folder / "direct_url.json").write_text(written, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(runfolder, "__file__", str(tmp_path / "trainer" / "runfolder.py"))
+    assert runfolder.commit() == commit
+
+
 def test_the_end_is_on_record_until_the_next_start(tmp_path: Path) -> None:
     _prepare(tmp_path)
     runfolder.finish(tmp_path, 75, "SIGTERM", 12)

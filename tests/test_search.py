@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from data.errors import NumericError, UserError
+from launcher import cli
 from trainer import search
 from trainer.embed import encode_texts
 from trainer.encoder import open_model
@@ -83,6 +84,70 @@ def test_several_questions_may_be_configured(tmp_path: Path, model: str, capsys:
     assert len([line for line in capsys.readouterr().out.splitlines() if line]) == 6
 
 
+def test_labels_of_the_rows_are_shown_before_the_text_and_of_equal_texts_the_first(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"text": TEXTS[0], "lang": "en", "source": "dogs"},
+        {"text": TEXTS[0] + "  ", "lang": "xx"},
+        {"passage": TEXTS[2], "lang": "ja", "source": 7},
+        {"text": TEXTS[3]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    search.run(_config(model, tmp_path / "rows.jsonl", query="dog"))
+    lines = capsys.readouterr().out.strip().splitlines()[1:]
+    assert sorted(line[12:] for line in lines) == sorted(
+        [f"en dogs  {TEXTS[0]}", f"ja       {TEXTS[2]}", f"         {TEXTS[3]}"]
+    )
+
+
+def test_two_models_answer_each_with_its_own_prompts_and_point_at_each_other(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny.xlmr(tmp_path / "other")
+    (other / "quintet.json").write_text(json.dumps({"query_prompt": "Q ", "passage_prompt": ""}), encoding="utf-8")
+    search.run(_config(model, _lines(tmp_path), compare=str(other), query="dog", top_k=3))
+    blocks = [block.splitlines() for block in capsys.readouterr().out.strip().split("\n\n")]
+    assert blocks[0] == ["dog"]
+    best = []
+    for name, query, passage in ((model, "query: ", "passage: "), (str(other), "Q ", "")):
+        opened = open_model(name)
+        scores = encode_texts(opened, TEXTS, passage) @ encode_texts(opened, ["dog"], query)[0]
+        best.append([TEXTS[number] for number in scores.argsort(descending=True).tolist()[:3]])
+    shared = len(set(best[0]) & set(best[1]))
+    assert [block[0] for block in blocks[1:]] == [
+        f"{name}: {shared} of 3 are among the other's, too" for name in (model, str(other))
+    ]
+    for block, own, elsewhere in zip(blocks[1:], best, reversed(best), strict=True):
+        marks = [f"={elsewhere.index(text) + 1:<3d}" if text in elsewhere else "    " for text in own]
+        assert [line[12:] for line in block[1:]] == [f"{mark}  {text}" for mark, text in zip(marks, own, strict=True)]
+
+
+def test_a_passage_cannot_steer_the_terminal(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts.txt").write_text("red \x1b[31m text\x07 שלום\n", encoding="utf-8")
+    search.run(_config(model, tmp_path / "texts.txt", query="a\x1b[2Jb"))
+    heading, line = capsys.readouterr().out.strip().splitlines()
+    assert heading == "a\ufffd[2Jb"
+    assert line.endswith("red \ufffd[31m text\ufffd שלום")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["query="], "query: a question is empty"),
+        (["query=[a, ' ']"], "query: a question is empty"),
+        (["query=a", "serve=true"], "leave one of them out"),
+        (["compare=m"], "compare=m: that is the model itself"),
+        (["port=65536"], "port=65536"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_with_the_mend(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["search", "model=m", "input=i", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -104,8 +169,6 @@ def test_bad_input_is_named_with_its_place(
 
 
 def test_broken_weights_are_no_ranking(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "trainer.embed.encode_texts", lambda model, texts, *rest, **more: torch.full((len(texts), 2), torch.nan)
-    )
+    monkeypatch.setattr("trainer.embed.encode", lambda encoder, tokens, **more: torch.full((len(tokens), 2), torch.nan))
     with pytest.raises(NumericError, match="broken"):
         search.run(_config(model, _lines(tmp_path), query="x"))

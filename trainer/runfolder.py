@@ -176,20 +176,37 @@ def _cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+changes" when files differ from it; None where there is no checkout or no git."""
+    """The commit of this code: of its checkout, with "+changes" when files differ from it, or that pip took from git.
+
+    None where neither is known.
+    """
     checkout = Path(__file__).resolve().parent.parent
     git = shutil.which("git")
-    if not git or not (checkout / ".git").exists():
+    if not (checkout / ".git").exists():
+        return _installed_commit()
+    if not git:
         return None
+    # inside a git hook these name the repository of the hook
+    around = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def answer(*arguments: str) -> str:
         command = [git, "-C", str(checkout), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=around)
+        return done.stdout.strip()
 
     try:
         changes = answer("status", "--porcelain", "--untracked-files=no")
         return answer("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _installed_commit() -> str | None:
+    """What `pip install git+https://...` wrote down (PEP 610)."""
+    try:
+        origin = json.loads(metadata.distribution("quintet").read_text("direct_url.json") or "{}")
+        return str(origin["vcs_info"]["commit_id"])
+    except (metadata.PackageNotFoundError, OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -116,16 +116,29 @@ def _limited(data: RetrievalSet, limit: int, seed: int) -> RetrievalSet:
     )
 
 
-def corpus(path: str) -> list[str]:
-    """The distinct texts of `documents`, normalised, in order: something to search in.
+class Document(NamedTuple):
+    """A text of a file or folder, with what its row says of it; "" where that is not known."""
+
+    id: str
+    text: str
+    source: str = ""
+    lang: str = ""
+    query: str = ""
+
+
+def corpus(path: str) -> list[Document]:
+    """The distinct texts of `documents`, normalised, in order: something to search in. Of equal ones the first stays.
 
     Raises:
         UserError: there is no such file, or no text in it.
     """
-    found = list(dict.fromkeys(text for text in map(normalise, (text for _, text in documents(path))) if text))
+    found: dict[str, Document] = {}
+    for document in _documents(path, "passage"):
+        if text := normalise(document.text):
+            found.setdefault(text, document._replace(text=text))
     if not found:
         raise UserError(f"input={path}: there is no text in it")
-    return found
+    return list(found.values())
 
 
 def documents(path: str, side: str = "passage") -> Iterator[tuple[str, str]]:
@@ -138,17 +151,21 @@ def documents(path: str, side: str = "passage") -> Iterator[tuple[str, str]]:
     Raises:
         UserError: there is no such file, or a row is no text.
     """
+    return ((document.id, document.text) for document in _documents(path, side))
+
+
+def _documents(path: str, side: str) -> Iterator[Document]:
     place = documents_file(path, side)
     where = f"{place}, line"
     if Path(path).is_dir():
         for key, row in _objects(place):
-            yield key, _document(row)
+            yield _labelled(key, _document(row), row)
     elif place.name.endswith(SUFFIXES):
         for number, line in _lines(place):
             yield _identified(line, number, side, f"{where} {number}")
     else:
         for number, line in _lines(place):
-            yield str(number), _utf8(line, f"{where} {number}")
+            yield Document(str(number), _utf8(line, f"{where} {number}"))
 
 
 def documents_file(path: str, side: str = "passage") -> Path:
@@ -159,8 +176,8 @@ def documents_file(path: str, side: str = "passage") -> Path:
     return _member(place, "queries" if side == "query" else "corpus") if place.is_dir() else place
 
 
-def _identified(line: bytes, number: int, side: str, where: str) -> tuple[str, str]:
-    """The id and the text of a JSONL row."""
+def _identified(line: bytes, number: int, side: str, where: str) -> Document:
+    """The id, the text and the labels of a JSONL row."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -168,10 +185,15 @@ def _identified(line: bytes, number: int, side: str, where: str) -> tuple[str, s
     if isinstance(row, dict):
         key = row.get("_id") or row.get("id") or number
         if isinstance(row.get("text"), str):
-            return str(key), _document(row)
+            return _labelled(str(key), _document(row), row)
         if isinstance(row.get(side), str):
-            return str(key), row[side]
+            return _labelled(str(key), row[side], row)
     raise UserError(f"{where}: a row is an object with a `text` or a `{side}`")
+
+
+def _labelled(key: str, text: str, row: dict[str, Any]) -> Document:
+    source, lang, query = (row.get(name) for name in ("source", "lang", "query"))
+    return Document(key, text, *(label if isinstance(label, str) else "" for label in (source, lang, query)))
 
 
 def _utf8(line: bytes, where: str) -> str:
