@@ -29,12 +29,16 @@ EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141
 
 @dataclass(frozen=True)
 class Stage:
-    """A command: the module with its Config and run, one line for the list, an example, and the keys it sets itself."""
+    """A command: the module with its Config and run, one line for the list, and an example.
+
+    fixed: keys that it sets itself; words: keys whose values may stand without their names, in this order.
+    """
 
     module: str
     line: str
     example: str
     fixed: Mapping[str, str] = field(default_factory=dict)
+    words: Sequence[str] = ()
 
 
 STAGES = {
@@ -105,7 +109,8 @@ STAGES = {
     "search": Stage(
         "trainer.search",
         "the nearest texts for a question, in the terminal or on a local page; two models side by side",
-        'quintet search model=run/model input=texts.jsonl query="how do I reset the device?"',
+        'quintet search run/model texts.jsonl query="how do I reset the device?"',
+        words=("model", "input"),
     ),
 }
 
@@ -249,7 +254,16 @@ def _parse(name: str, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     # launchers append it; the rank is read from the environment
     parser.add_argument("--local_rank", "--local-rank", type=int)
     options, rest = parser.parse_known_args(words)
-    return options, [word for word in rest if word != "--"]
+    return options, _named([word for word in rest if word != "--"], STAGES[name].words)
+
+
+def _named(words: list[str], keys: Sequence[str]) -> list[str]:
+    """Overrides in which the words that stand without a key have theirs; left as they are where there are too many."""
+    bare = [place for place, word in enumerate(words) if "=" not in word and not word.startswith("-")]
+    if len(bare) > len(keys):
+        return words
+    named = {place: f"{key}={words[place]}" for place, key in zip(bare, keys, strict=False)}
+    return [named.get(place, word) for place, word in enumerate(words)]
 
 
 def _configure_logging() -> None:

@@ -150,8 +150,8 @@ def test_the_example_of_each_command_gives_its_mandatory_keys_and_no_unknown_one
     stage = cli.STAGES[name]
     words = shlex.split(stage.example)
     words = words[words.index(name) + 1 :]
-    files = [words[at + 1] for at, word in enumerate(words) if word == "--config"]
-    given = {word.split("=")[0] for word in words if "=" in word}
+    options, overrides = cli._parse(name, words)
+    files, given = options.config, {word.split("=")[0] for word in overrides if "=" in word}
     keys = {key.name: key for key in config.describe(importlib.import_module(stage.module).Config)}
     mappings = {key.name for key in keys.values() if str(key.type).startswith("dict[")}
     assert {name for name in given if name not in keys and name.rpartition(".")[0] not in mappings} == set()
@@ -297,3 +297,14 @@ def test_exit_codes_are_those_that_scripts_rely_on() -> None:
     codes = {name: getattr(errors, name).exit_code for name in ("UserError", "ConfigError", "DataError")}
     assert (errors.EXIT_DONE, codes) == (0, {"UserError": 2, "ConfigError": 2, "DataError": 3})
     assert [error.exit_code for error in (errors.NumericError, errors.Stopped, errors.WatchdogError)] == [4, 75, 124]
+
+
+def test_search_takes_the_model_and_the_texts_without_their_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", "runs/mine", "top_k=3", "passages.txt", "--print-config"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert {"model: runs/mine", "input: passages.txt", "top_k: 3"} <= set(printed)
+
+
+def test_a_word_too_many_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", "runs/mine", "passages.txt", "more.txt", "--print-config"]) == 2
+    assert "more.txt" in capsys.readouterr().err

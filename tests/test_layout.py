@@ -27,6 +27,8 @@ DOORS = {
     "wandb": {"trainer/monitor.py"},
     "omegaconf": {"launcher/config.py"},
     "faiss": {"trainer/approximate.py"},
+    "starlette": {"trainer/searchpage.py"},
+    "uvicorn": {"trainer/searchpage.py"},
     "mteb": {"trainer/evaluate.py", "trainer/export.py", "trainer/teacher.py"},
     "sentence_transformers": {"trainer/evaluate.py", "trainer/export.py", "trainer/teacher.py"},
 }
