@@ -38,6 +38,9 @@ class Lookup:
         """(places in `keys`, entries) of all that have the same hash."""
         places = np.flatnonzero(self._filled[keys >> self._shift])
         first = np.searchsorted(self.keys, keys[places], side="left")
+        there = first < len(self.keys)
+        there[there] = self.keys[first[there]] == keys[places[there]]
+        places, first = places[there], first[there]
         counts = np.searchsorted(self.keys, keys[places], side="right") - first
         offsets = np.cumsum(counts) - counts
         entries = np.repeat(first - offsets, counts) + np.arange(counts.sum())
