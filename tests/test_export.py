@@ -471,6 +471,7 @@ class _Hub(ThreadingHTTPServer):
     def __init__(self, private: bool) -> None:
         super().__init__(("127.0.0.1", 0), _HubHandler)
         self.private, self.created, self.files, self.tokens = private, {}, {}, set()
+        self.there, self.deleted = ["onnx/model.onnx", "README.md", "notes.txt"], []
 
     @property
     def address(self) -> str:
@@ -484,7 +485,10 @@ class _HubHandler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._answer({"id": "org/name", "private": self.server.private, "siblings": [], "tags": []})
+        if "/tree/" in self.path:
+            self._answer([{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in self.server.there])
+        else:
+            self._answer({"id": "org/name", "private": self.server.private, "siblings": [], "tags": []})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -501,11 +505,13 @@ class _HubHandler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    self.server.deleted.append(line["value"]["path"])
             self._answer({"commitUrl": f"{self.server.address}/org/name/commit/1", "commitOid": "1"})
         else:
             self.send_error(404)
 
-    def _answer(self, content: dict) -> None:
+    def _answer(self, content: dict | list) -> None:
         text = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -541,6 +547,7 @@ def test_a_push_uploads_the_listed_files_of_the_export_and_no_others(
     assert hub_server.files == {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
+    assert hub_server.deleted == ["onnx/model.onnx"]  # of older weights; what is no export's stays
     assert 'SentenceTransformer("org/name")' in hub_server.files["README.md"].decode()
     for stranger in ("optimizer.safetensors", "metrics.jsonl", "wandb/run.json", "2_Dense/optimizer.pt"):
         (folder / stranger).parent.mkdir(exist_ok=True)

@@ -63,6 +63,8 @@ def _is_ours(name: str) -> bool:
 def push(folder: Path, repository: str, *, private: bool) -> str:
     """Upload the files of `listing` in one commit; the repository is made when it is not there. Returns its address.
 
+    What an earlier export left there and this one has not, such as a graph of older weights, goes in the same commit.
+
     Raises:
         UserError: no token, a refusal of the hub, or a public repository where a private one was asked for.
     """
@@ -80,7 +82,11 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
             )
         files = list(listing(folder)[0])
         api.upload_folder(
-            folder_path=folder, repo_id=repository, allow_patterns=files, commit_message="Upload the exported model"
+            folder_path=folder,
+            repo_id=repository,
+            allow_patterns=files,
+            delete_patterns=list(_FILES),
+            commit_message="Upload the exported model",
         )
     except OfflineModeIsEnabled:
         raise UserError(f"push={repository}: HF_HUB_OFFLINE is set; unset it to upload") from None
