@@ -203,7 +203,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [{"_id": "d1", "text": "an answer"}, {"_id": "d2", "text": "answer of a beir document"}]
     (beir / "corpus.jsonl").write_text("\n".join(map(json.dumps, documents)))
     (beir / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "which words do we look for here"}))
-    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\n")
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\nq1\tlost\t1\n")
     return root
 
 
