@@ -52,6 +52,11 @@ STAGES = {
         "records to shards with an index, duplicates out, an evaluation split held out",
         "quintet pack input=pairs.jsonl output=shards columns.query=title columns.passage=body",
     ),
+    "decontaminate": Stage(
+        "trainer.decontaminate",
+        "training pairs that stand in evaluation data: counted by text and n-gram, and left out on request",
+        "quintet decontaminate data=shards against=[shards/holdout.jsonl,beir/nfcorpus] output=clean drop=[query,pair]",
+    ),
     "pretrain": Stage(
         "trainer.train",
         "contrastive pre-training with one global pool of negatives",
@@ -297,9 +302,9 @@ def _message(name: str, error: QuintetError) -> str:
 
 
 def _list_of_stages() -> str:
-    lines = "\n".join(f"  {name:9} {stage.line}" for name, stage in STAGES.items())
-    lines += "\n  launch    a stage on several processes, restarted after a preemption"
-    lines += "\n  doctor    is this machine, cluster, configuration and data fit to run? says what to mend"
+    lines = "\n".join(f"  {name:13} {stage.line}" for name, stage in STAGES.items())
+    lines += "\n  launch        a stage on several processes, restarted after a preemption"
+    lines += "\n  doctor        is this machine, cluster, configuration and data fit to run? says what to mend"
     return f"""\
 Train text-embedding models from raw text pairs to an evaluated, exported model.
 

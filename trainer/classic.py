@@ -4,6 +4,8 @@ All versions of sentence-transformers read it:
 
     config.json, model.safetensors, tokenizer files      what transformers needs
     modules.json, 1_Pooling/, 2_Normalize/               what is done with its output
+    2_Dense/, 3_Normalize/                               where vectors are cut: a matrix that leaves the first numbers
+    onnx/                                                on request, the same as a graph (trainer/onnxfile.py)
     sentence_bert_config.json                            longest text
     config_sentence_transformers.json                    prompts and similarity
     README.md                                            model card
@@ -22,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from data.errors import QuintetError, UserError
 from data.files import sync, system_errors
+from trainer import onnxfile
 from trainer.card import Card, Facts, readme
 from trainer.embed import encode_texts
 from trainer.encoder import Encoder, Model, pool
@@ -68,27 +72,50 @@ _TEXTS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """What reading the folder back gave: the largest difference of any number, and that of the ONNX graphs."""
+
+    difference: float
+    graphs: onnxfile.Graphs | None = None
+
+
 def write(
-    model: Model, folder: Path, card: Card, reader: Reader, *, dtype: str = "fp32", overwrite: bool = False
-) -> float:
+    model: Model,
+    folder: Path,
+    card: Card,
+    reader: Reader,
+    *,
+    dtype: str = "fp32",
+    onnx: bool = False,
+    int8: bool = False,
+    overwrite: bool = False,
+) -> Checks:
     """Write the model as a folder, open it with `reader` and with transformers, and publish it when vectors are equal.
 
     The weights are rounded to `dtype` first and all comparing is done in fp32 on the CPU, so the tolerance is one
     for every dtype. The folder appears by one rename: it is whole and checked, or not there.
 
-    Returns:
-        The largest absolute difference of any number of any vector.
+    Args:
+        onnx: write the fp32 ONNX graph too, and run it in onnxruntime.
+        int8: and that graph in 8 bits.
 
     Raises:
         UserError: the folder is there and `overwrite` is false, or it cannot be written.
-        QuintetError: a difference above TOLERANCE.
+        QuintetError: a difference above TOLERANCE, or above onnxfile.TOLERANCE of the graph.
     """
+    graphs: list[onnxfile.Graphs] = []
 
     def make(staging: Path) -> float:
-        rounded = _write_files(model, staging, card, dtype)
-        return _compare(rounded, staging, reader)
+        rounded = _write_files(model, staging, dtype)
+        difference = _compare(rounded, staging, reader)
+        if onnx:
+            graphs.append(_write_graphs(rounded, staging, int8))
+        text = readme(card, _facts(model, graphs[0] if graphs else None))
+        (staging / "README.md").write_text(text, encoding="utf-8")
+        return difference
 
-    return publish(folder, make, TOLERANCE, overwrite=overwrite)
+    return Checks(publish(folder, make, TOLERANCE, overwrite=overwrite), graphs[0] if graphs else None)
 
 
 def publish(folder: Path, make: Callable[[Path], float], tolerance: float, *, overwrite: bool) -> float:
@@ -140,18 +167,26 @@ def _move(staging: Path, folder: Path) -> None:
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def _write_files(model: Model, folder: Path, card: Card, dtype: str) -> Model:
-    """Write all files; return the model with the weights as they were stored, in fp32 on the CPU."""
-    encoder = Encoder(copy.deepcopy(model.encoder.backbone), model.pooling, model.normalize).eval()
+def _write_files(model: Model, folder: Path, dtype: str) -> Model:
+    """Write all files but the card; return the model with the weights as they were stored, in fp32 on the CPU."""
+    dimensions = model.encoder.dimensions
+    encoder = Encoder(copy.deepcopy(model.encoder.backbone), model.pooling, model.normalize, dimensions).eval()
     encoder.to("cpu", DTYPES[dtype])
-    encoder.backbone.set_attn_implementation("eager" if encoder.backbone.config.model_type == "mpnet" else "sdpa")
+    use_common_attention(encoder.backbone)
     with quiet():  # one file: the classic layout has no parts
         encoder.backbone.save_pretrained(folder, state_dict=_state(encoder.backbone), max_shard_size="1000GB")
     write_tokenizer(model.tokenizer, model.max_length, folder)
     for name, content in _settings_files(model).items():
         write_json(folder / name, content)
-    (folder / "README.md").write_text(readme(card, _facts(model)), encoding="utf-8")
+    if dimensions:
+        cut = torch.eye(dimensions, encoder.backbone.config.hidden_size, dtype=DTYPES[dtype])
+        save_file({"linear.weight": cut}, folder / "2_Dense" / "model.safetensors", {"format": "pt"})
     return dataclasses.replace(model, encoder=encoder.float())
+
+
+def use_common_attention(backbone: PreTrainedModel) -> None:
+    """Let a backbone compute attention as any reader's does, instead of by ours."""
+    backbone.set_attn_implementation("eager" if backbone.config.model_type == "mpnet" else "sdpa")
 
 
 def _state(backbone: PreTrainedModel) -> dict[str, Tensor]:
@@ -194,13 +229,17 @@ def write_json(file: Path, content: Any) -> None:
 
 def _settings_files(model: Model) -> dict[str, Any]:
     """The JSON files of the classic layout."""
-    kinds = {"": "Transformer", "1_Pooling": "Pooling"} | ({"2_Normalize": "Normalize"} if model.normalize else {})
+    hidden = int(model.encoder.backbone.config.hidden_size)
+    # sentence-transformers' own cut (truncate_dim) is the reader's, not the folder's, and does not normalise again.
+    cut = ["Dense"] if model.encoder.dimensions else []
+    kinds = ["Transformer", "Pooling", *cut, *(["Normalize"] if model.normalize else [])]
+    paths = ["", *(f"{number}_{kind}" for number, kind in enumerate(kinds) if number)]
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for number, (path, kind) in enumerate(kinds.items())
+        for number, (path, kind) in enumerate(zip(paths, kinds, strict=True))
     ]
     pooling = {
-        "word_embedding_dimension": model.encoder.size,
+        "word_embedding_dimension": hidden,
         "pooling_mode_cls_token": model.pooling == "cls",
         "pooling_mode_mean_tokens": model.pooling == "mean",
         "pooling_mode_max_tokens": False,
@@ -212,18 +251,25 @@ def _settings_files(model: Model) -> dict[str, Any]:
     prompts = {"query": model.query_prompt, "document": model.passage_prompt}
     prompts |= {**dict.fromkeys(_SYMMETRIC_TASKS, model.query_prompt), **model.prompts}
     settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    dense = {
+        "in_features": hidden,
+        "out_features": model.encoder.size,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    configs = {"Pooling": pooling, "Dense": dense, "Normalize": {}}
     return {
         "modules.json": modules,
-        "1_Pooling/config.json": pooling,
-        "2_Normalize/config.json": {},
+        **{f"{path}/config.json": configs[kind] for path, kind in zip(paths[1:], kinds[1:], strict=True)},
         "sentence_bert_config.json": {"max_seq_length": model.max_length, "do_lower_case": False},
         "config_sentence_transformers.json": settings,
     }
 
 
-def _facts(model: Model) -> Facts:
+def _facts(model: Model, graphs: onnxfile.Graphs | None) -> Facts:
     return Facts(
         size=model.encoder.size,
+        whole=int(model.encoder.backbone.config.hidden_size),
         parameters=sum(parameter.numel() for parameter in model.encoder.parameters()),
         max_length=model.max_length,
         pooling=model.pooling,
@@ -231,6 +277,7 @@ def _facts(model: Model) -> Facts:
         query_prompt=model.query_prompt,
         passage_prompt=model.passage_prompt,
         prompts={name: text for name, text in model.prompts.items() if name not in _SYMMETRIC_TASKS},
+        graphs=graphs,
     )
 
 
@@ -255,8 +302,46 @@ def _transformers(folder: Path, texts: Sequence[str], model: Model) -> Tensor:
     inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         hidden = backbone(**inputs).last_hidden_state
-    vectors = pool(hidden, inputs["attention_mask"].bool(), model.pooling)
+    return _finished(hidden, inputs["attention_mask"], model)
+
+
+def _finished(hidden: Tensor, mask: Tensor, model: Model) -> Tensor:
+    """Vectors out of the numbers of tokens, by what the folder's other modules do."""
+    vectors = pool(hidden, mask.bool(), model.pooling)[:, : model.encoder.size]
     return torch.nn.functional.normalize(vectors, dim=1) if model.normalize else vectors
+
+
+def _write_graphs(model: Model, folder: Path, int8: bool) -> onnxfile.Graphs:
+    """Write the ONNX graph, and the one in int8, and run them on the sample texts in onnxruntime.
+
+    Raises:
+        QuintetError: the graph's vectors are not the model's.
+    """
+    example = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    inputs = {"input_ids": example, "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    onnxfile.write(model.encoder.backbone, inputs, "last_hidden_state", folder)
+    prompts = (model.query_prompt, model.passage_prompt)
+    ours = torch.cat([encode_texts(model, _TEXTS, prompt, tokens_per_chunk=256) for prompt in prompts])
+    texts = [prompt + text for prompt in prompts for text in _TEXTS]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+    def vectors(file: str) -> Tensor:
+        """[2, n, D]: the texts in one padded batch, and one by one."""
+        session = onnxfile.Session(folder / file)
+        rows = [_graph_vectors(session, tokenizer, batch, model) for batch in (texts, *([text] for text in texts))]
+        return torch.stack([rows[0], torch.cat(rows[1:])])
+
+    difference = onnxfile.check(float((vectors(onnxfile.FILE) - ours).abs().max()))
+    if not int8:
+        return onnxfile.Graphs(difference)
+    onnxfile.quantize(folder)
+    cosine = torch.cosine_similarity(vectors(onnxfile.INT8_FILE), ours, dim=-1)
+    return onnxfile.Graphs(difference, float(cosine.mean()), float(cosine.min()))
+
+
+def _graph_vectors(session: onnxfile.Session, tokenizer: Any, texts: Sequence[str], model: Model) -> Tensor:
+    inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    return _finished(session.run(inputs), inputs["attention_mask"], model)
 
 
 @contextlib.contextmanager

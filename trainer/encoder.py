@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -28,18 +29,21 @@ SETTINGS_FILE = "quintet.json"
 
 
 class Encoder(nn.Module):
-    """Backbone, pooling and L2 normalisation.
+    """Backbone, pooling, a cut and L2 normalisation.
 
+    An embedding is the first `dimensions` of the pooled numbers, or all of them (0): Matryoshka, arXiv 2205.13147.
     forward(input_ids [n, T], attention_mask [n, T] bool) embeds n padded texts;
     forward(input_ids [1, T], segments=...) embeds packed texts, none of which sees another.
     Both return fp32 [n, D].
     """
 
-    def __init__(self, backbone: PreTrainedModel, pooling: str = "mean", normalize: bool = True) -> None:
+    def __init__(
+        self, backbone: PreTrainedModel, pooling: str = "mean", normalize: bool = True, dimensions: int = 0
+    ) -> None:
         super().__init__()
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None  # type: ignore[assignment]  # BERT's tanh head is no part of an embedding, and would be a parameter without use
-        self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
+        self.backbone, self.pooling, self.normalize, self.dimensions = backbone, pooling, normalize, dimensions
         self.first_position = first_position(backbone)
         use_own_attention(backbone)
         use_own_dropout(backbone)
@@ -47,7 +51,7 @@ class Encoder(nn.Module):
     @property
     def size(self) -> int:
         """D, the size of an embedding."""
-        return int(self.backbone.config.hidden_size)
+        return self.dimensions or int(self.backbone.config.hidden_size)
 
     @property
     def max_positions(self) -> int:
@@ -70,6 +74,8 @@ class Encoder(nn.Module):
             positions = segments.positions + self.first_position
             hidden = self.backbone(input_ids=input_ids, position_ids=positions, segments=segments).last_hidden_state
             pooled = pool_packed(hidden[0].float(), segments.offsets, self.pooling)
+        if self.dimensions:
+            pooled = pooled[:, : self.dimensions]
         return F.normalize(pooled, dim=1) if self.normalize else pooled
 
 
@@ -207,7 +213,7 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Model
     folder = local_folder(str(path))
     settings = _settings(folder)
     backbone = load_backbone(str(folder))
-    encoder = Encoder(backbone, settings.pooling, settings.normalize)
+    encoder = Encoder(backbone, settings.pooling, settings.normalize, settings.dimensions)
     tokenizer = load_tokenizer(str(folder))
     longest = min(settings.max_length or encoder.max_positions, encoder.max_positions)
     encoder = encoder.to(device).eval()
@@ -240,6 +246,7 @@ class ModelSettings:
     normalize: bool = True
     max_length: int = 0  # 0: as long as the position table allows
     prompts: dict[str, str] = field(default_factory=dict)  # for queries of certain tasks, by name
+    dimensions: int = 0  # numbers of an embedding; 0: all that the backbone gives
 
 
 def _settings(folder: Path) -> ModelSettings:
@@ -248,7 +255,7 @@ def _settings(folder: Path) -> ModelSettings:
             return ModelSettings(**json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")))
         if (folder / "modules.json").is_file():
             return _sentence_transformers_settings(folder)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise UserError(f"model={folder}: its settings cannot be read: {error}") from None
     return ModelSettings()
 
@@ -262,7 +269,7 @@ def _sentence_transformers_settings(folder: Path) -> ModelSettings:
 
     modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
     parts = {str(module["type"]).rsplit(".", 1)[-1]: str(module["path"]) for module in modules}
-    unknown = sorted(set(parts) - {"Transformer", "Pooling", "Normalize"})
+    unknown = sorted(set(parts) - {"Transformer", "Pooling", "Dense", "Normalize"})
     if unknown:
         raise ValueError(f"modules.json has {', '.join(unknown)}, which this encoder does not have")
     prompts = read("config_sentence_transformers.json").get("prompts", {})
@@ -273,8 +280,21 @@ def _sentence_transformers_settings(folder: Path) -> ModelSettings:
         pooling=_pooling(read(f"{parts.get('Pooling', '1_Pooling')}/config.json")),
         normalize="Normalize" in parts,
         prompts={name: text for name, text in prompts.items() if name not in sides and isinstance(text, str)},
+        dimensions=_cut(folder / parts["Dense"]) if "Dense" in parts else 0,
     )
     return replace(settings, max_length=int(read("sentence_bert_config.json").get("max_seq_length") or 0))
+
+
+def _cut(folder: Path) -> int:
+    """How many numbers are left by a dense layer that only cuts: the first rows of the identity, and nothing else."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(folder / "model.safetensors")
+    matrix = weights.get("linear.weight")
+    linear = str(config.get("activation_function", "")).endswith(".Identity")
+    cuts = matrix is not None and matrix.equal(torch.eye(*matrix.shape, dtype=matrix.dtype))
+    if not cuts or not linear or list(weights) != ["linear.weight"]:
+        raise ValueError("modules.json has a Dense layer that does more than cut, which this encoder does not have")
+    return len(weights["linear.weight"])
 
 
 def _pooling(config: dict[str, Any]) -> str:

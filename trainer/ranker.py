@@ -2,6 +2,7 @@
 
 config.json, model.safetensors, tokenizer files      transformers' ...ForSequenceClassification with one label
 pairing.json                                         how its rows are made, for `quintet distill`
+onnx/model.onnx                                      on request, the same as a graph (trainer/onnxfile.py)
 README.md                                            model card
 """
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from data.pairing import PairTemplate
-from trainer import classic
-from trainer.card import Card, ranker_readme
+from trainer import classic, onnxfile
+from trainer.card import Card, RankerFacts, ranker_readme
 from trainer.crossencoder import CrossEncoder, Teacher
 from trainer.gradcache import pad
 
@@ -41,26 +42,35 @@ def write(
     reader: Reader,
     *,
     dtype: str = "fp32",
+    onnx: bool = False,
     overwrite: bool = False,
-) -> float:
+) -> classic.Checks:
     """Write the cross-encoder, open it with `reader` and with transformers, and publish it when logits are equal.
 
-    Returns:
-        The largest absolute difference of any logit.
+    `onnx` adds its graph, which onnxruntime must give the same logits for. The differences are those of any logit.
 
     Raises:
         UserError, QuintetError: as `classic.publish`.
     """
+    graphs: list[onnxfile.Graphs] = []
 
     def make(staging: Path) -> float:
-        rounded = _write_files(teacher, tokenizer, staging, card, dtype)
-        return _compare(rounded, teacher, staging, reader)
+        rounded = _write_files(teacher, tokenizer, staging, dtype)
+        ours = _logits(rounded, teacher)
+        difference = _compare(ours, teacher, staging, reader)
+        if onnx:
+            graphs.append(_write_graph(rounded, ours, teacher, staging))
+        parameters = sum(parameter.numel() for parameter in rounded.parameters())
+        settings = teacher.pairs.settings
+        text = ranker_readme(card, RankerFacts(parameters, settings.max_length, settings.template, onnx))
+        (staging / "README.md").write_text(text, encoding="utf-8")
+        return difference
 
-    return classic.publish(folder, make, TOLERANCE, overwrite=overwrite)
+    return classic.Checks(classic.publish(folder, make, TOLERANCE, overwrite=overwrite), graphs[0] if graphs else None)
 
 
-def _write_files(teacher: Teacher, tokenizer: Any, folder: Path, card: Card, dtype: str) -> CrossEncoder:
-    """Write all files; return the model with the weights as they were stored, in fp32 on the CPU."""
+def _write_files(teacher: Teacher, tokenizer: Any, folder: Path, dtype: str) -> CrossEncoder:
+    """Write all files but the card; return the model with the weights as they were stored, in fp32 on the CPU."""
     module = CrossEncoder(copy.deepcopy(teacher.encoder.backbone), teacher.encoder.separator).eval()
     module.to("cpu", classic.DTYPES[dtype])
     # sentence-transformers would squeeze the one logit into 0..1; a teacher's scores are the logits themselves.
@@ -71,17 +81,19 @@ def _write_files(teacher: Teacher, tokenizer: Any, folder: Path, card: Card, dty
     inputs = ["input_ids", *types, "attention_mask"]
     classic.write_tokenizer(tokenizer, teacher.pairs.settings.max_length, folder, inputs)
     teacher.pairs.save(folder)
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    text = ranker_readme(card, parameters=parameters, max_length=teacher.pairs.settings.max_length)
-    (folder / "README.md").write_text(text, encoding="utf-8")
     return module.float()
 
 
-def _compare(module: CrossEncoder, teacher: Teacher, folder: Path, reader: Reader) -> float:
-    """The largest difference between the model's logits and those of the reader and of transformers."""
+def _logits(module: CrossEncoder, teacher: Teacher) -> Tensor:
+    """The model's own logits of the samples."""
     ids, mask = pad(teacher.pairs.encode(_QUERIES, _PASSAGES), torch.arange(len(_QUERIES)).numpy(), teacher.padding_id)
     with torch.no_grad():
-        ours = module(ids, mask)[:, 0]
+        logits: Tensor = module(ids, mask)[:, 0]
+    return logits
+
+
+def _compare(ours: Tensor, teacher: Teacher, folder: Path, reader: Reader) -> float:
+    """The largest difference between the model's logits and those of the reader and of transformers."""
     queries, passages = _templated(teacher.pairs.settings.template)
     theirs = (reader(folder, queries, passages), _transformers(folder, queries, passages))
     return float(torch.stack([(ours - logits).abs().max() for logits in theirs]).max())
@@ -98,8 +110,25 @@ def _transformers(folder: Path, queries: Sequence[str], passages: Sequence[str])
     with classic.quiet():
         options = {"dtype": torch.float32, "trust_remote_code": False}
         model = AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        logits: Tensor = model(**_tokens(folder, queries, passages)).logits
+    return logits[:, 0]
+
+
+def _tokens(folder: Path, queries: Sequence[str], passages: Sequence[str]) -> dict[str, Tensor]:
+    """Pairs as the exported tokenizer makes them."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     inputs = tokenizer(list(queries), list(passages), padding=True, truncation="only_second", return_tensors="pt")
-    with torch.no_grad():
-        logits: Tensor = model(**inputs).logits
-    return logits[:, 0]
+    return dict(inputs)
+
+
+def _write_graph(module: CrossEncoder, ours: Tensor, teacher: Teacher, folder: Path) -> onnxfile.Graphs:
+    """Write the ONNX graph and run it in onnxruntime, all pairs together and one by one. Raises QuintetError."""
+    classic.use_common_attention(module.backbone)
+    queries, passages = _templated(teacher.pairs.settings.template)
+    inputs = _tokens(folder, queries, passages)
+    onnxfile.write(module.backbone, inputs, "logits", folder)
+    session = onnxfile.Session(folder / onnxfile.FILE)
+    alone = [session.run(_tokens(folder, [query], [passage])) for query, passage in zip(queries, passages, strict=True)]
+    logits = torch.stack([session.run(inputs), torch.cat(alone)])[:, :, 0]
+    return onnxfile.Graphs(onnxfile.check(float((logits - ours).abs().max())))
