@@ -17,13 +17,16 @@ from pages import PAGES, ROOT, Command, commands, spans
 
 from launcher import cli, doctor
 
-LINES = [command for page in PAGES for command in commands(page)]
+# the code blocks of this one hold messages
+MESSAGES = ROOT / "docs/troubleshooting.md"
+LINES = [command for page in PAGES if page != MESSAGES for command in commands(page)]
 SPANS = [command for page in PAGES for command in spans(page) if command.words[0] == "quintet"]
 # files of the reader's own, and what stands for them here
 THEIRS = {"my.yaml": "configs/pretrain/small.yaml"}
 # what a part of a command needs besides its mandatory keys
 BESIDE = {"pack": ["output=x"], "finetune": ["scores=x"], "plan": ["model.path=x"], "export": ["run_dir=x"]}
 LAUNCH_OPTIONS = {"--ranks", "--hostfile", "--restarts"}
+LAUNCH_FLAGS = {"--slurm", "--sbatch", "--help"}
 ELLIPSES = {"...", "…"}
 
 
@@ -159,7 +162,10 @@ def _launch(words: list[str], partial: bool) -> None:
     options, rest = words[:place], words[place:]
     if not rest or rest[0].isupper():
         for word in options:
-            _among(word.split("=")[0], {*LAUNCH_OPTIONS, "--slurm", "--sbatch"} if word.startswith("-") else {word})
+            _among(
+                word.split("=")[0],
+                {*LAUNCH_OPTIONS, "--slurm", "--sbatch", "--help"} if word.startswith("-") else {word},
+            )
     elif rest[0] == "doctor":
         assert cli.main(["launch", *options, "doctor", "--help"]) == 0
         _doctor(rest[1:], partial)
