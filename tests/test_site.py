@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import ROOT
+from pages import PAGES, ROOT
 
 CONFIG = ROOT / "mkdocs.yml"
 
@@ -64,3 +64,32 @@ def test_no_page_loads_anything_from_another_server(site: Path) -> None:
 def test_the_site_goes_into_an_ignored_folder() -> None:
     folder = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["site_dir"]
     assert f"/{folder}/" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+
+
+def test_links_of_the_pages_lead_to_a_page_and_a_heading() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" in target:
+                continue
+            name, _, heading = target.partition("#")
+            file = (page.parent / name).resolve() if name else page
+            assert file.exists(), f"{page.name}: {target}"
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                assert heading in {_anchor(title) for title in titles}, f"{page.name}: {target}"
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tests_and_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", text):
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not name or f"\ndef {name}(" in source, f"{file}::{name}"
+    for path in re.findall(
+        r"`((?:configs|data|launcher|trainer|slurm|benchmarks|tests)/[\w./-]+\.(?:py|sh|yaml|md))`", text
+    ):
+        assert (ROOT / path).is_file(), path

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from messages import GAP, Site, sites
-from pages import PAGES, ROOT
+from pages import ROOT
 from pairs import pairs
 from safetensors.torch import load_file, save_file
 
@@ -402,20 +402,3 @@ def test_the_test_that_shows_an_entry_speaks_of_its_message(entry: str) -> None:
     quoted = any(len(part) > 7 and part in text for part in said for text in [*texts, *ENTRIES[entry]])
     patterns = [_pattern(pattern.strip(GAP)) for pattern in ENTRIES[entry]]
     assert quoted or any(pattern.search(text) for text in words for pattern in patterns)
-
-
-def test_links_of_the_pages_lead_to_a_page_and_a_heading() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-            if "://" in target:
-                continue
-            name, _, heading = target.partition("#")
-            file = (page.parent / name).resolve() if name else page
-            assert file.exists(), f"{page.name}: {target}"
-            if heading:
-                titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-                assert heading in {_anchor(title) for title in titles}, f"{page.name}: {target}"
-
-
-def _anchor(title: str) -> str:
-    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
