@@ -36,8 +36,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links as they are from where the page stands in the site."""
+    """Links as they are from where the page stands in the site. Who looks for a message finds its entry first."""
     here = page.file.src_uri
+    if here == "troubleshooting.md":
+        page.meta["search"] = {"boost": 5}
     path = Path("README.md") if here == "index.md" else Path(here)
     if (ROOT / "docs" / here).is_file():
         path = Path("docs") / here
