@@ -9,7 +9,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check format test demo demo-full bench clean
+.PHONY: help install check format test demo demo-full bench docs clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -54,8 +54,12 @@ demo-full: install  ## the whole recipe on real text: filter, mine, teacher, dis
 bench: install  ## measure against the named peers
 	@$(RUN) .venv/bin/python -m benchmarks $(ARGS)
 
+docs: install  ## build the documentation as a site, into site/
+	@$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean:  ## remove what the other targets made, but not your runs
-	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build demo demo-full *.egg-info
+	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build site demo demo-full quickstart *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first: DeepSpeed's set-up imports it. Nothing is compiled, here or later (docs/decisions.md).

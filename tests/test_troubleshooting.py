@@ -1,0 +1,404 @@
+"""docs/troubleshooting.md knows every message of the code, and the messages that it tells of are really given."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import orjson
+import pytest
+import tiny
+import torch
+from messages import GAP, Site, sites
+from pages import ROOT
+from pairs import pairs
+from safetensors.torch import load_file, save_file
+
+from data import records
+from launcher import cli
+
+PAGE = ROOT / "docs/troubleshooting.md"
+SITES = sites()
+# These pass on a message that is made, and listed here, elsewhere.
+PASSED_ON = {
+    "data/docstrings.py:members",
+    "data/indexing.py:_fault",
+    "data/mixture.py:_from_file",
+    "data/mixture.py:_problems",
+    "data/reading.py:_read_arrow",
+    "data/reading.py:_recover",
+    "data/reading.py:damaged",
+    "data/reading.py:sample",
+    "data/shards.py:_place",
+    "data/wheels.py:members",
+    "launcher/config.py:_limit_problems",
+    "launcher/config.py:_load",
+    "launcher/config.py:_resolve",
+    "launcher/config.py:_written_values",
+    "launcher/launch.py:_parse",
+    "launcher/sources.py:_compose_file",
+    "launcher/sources.py:read_file",
+    "launcher/sources.py:read_override",
+    "trainer/guard.py:_end_of_agreement",
+}
+# What is no error of ours, or is written without one, and the file that has its words; "" for a shell's or torch's.
+ELSEWHERE = {
+    "there is no command …; did you mean …?": "launcher/cli.py",
+    "data=…: neither a folder nor a .tar file": "data/shards.py",
+    "data=…: no such folder or file": "data/shards.py",
+    "quintet watchdog: rank … on …: in … of step … for … s, no progress; …": "trainer/watchdog.py",
+    "… has not been heard of for … s, it was in … of step …": "trainer/watchdog.py",
+    "rank … holds other weights than the other …": "trainer/guard.py",
+    "ranks … hold different weights and none has a majority": "trainer/guard.py",
+    "quintet needs Python 3.11 or newer": "Makefile",
+    "quintet needs Python's venv module": "Makefile",
+    "torch.OutOfMemoryError: CUDA out of memory": "",
+    "exit code 137": "",
+    "quintet: command not found": "",
+}
+
+TRAIN = "quintet pretrain data=shards run_dir=run model.path=model"
+# Entries of the page, and command lines that end with one of their messages.
+PROVOKED = {
+    "A command or an option does not exist": [
+        "quintet pretain",
+        "quintet launch --rank 2 encode",
+        "quintet launch search model=m input=i",
+        "quintet launch --ranks 0 encode",
+        "quintet launch --ranks 2 --slurm encode",
+        "quintet launch --sbatch=--nodes=2 encode",
+        "quintet doctor pack",
+        "quintet doctor --ranks many",
+        "quintet doctor --ranks 0",
+    ],
+    "A key does not exist or is missing": [
+        f"{TRAIN} stepz=3",
+        f"{TRAIN} model=small",
+        f"{TRAIN} steps",
+        f"{TRAIN} --steps",
+        f"{TRAIN} objective=ranking",
+        f"{TRAIN} --config twice.yaml",
+        "quintet pretrain run_dir=run",
+    ],
+    "A value is of the wrong kind": [
+        f"{TRAIN} steps=many",
+        f"{TRAIN} steps=2.0",
+        f"{TRAIN} lr=fast",
+        f"{TRAIN} fresh=maybe",
+        f"{TRAIN} --config bare.yaml",
+        f"{TRAIN} seed=010",
+        f"{TRAIN} zero_stage=5",
+        f"{TRAIN} batch_size=1",
+        f"{TRAIN} 'betas=[1'",
+        f"{TRAIN} 'steps=!!python/name:os.system x'",
+    ],
+    "A configuration file cannot be read": [
+        f"{TRAIN} --config nowhere.yaml",
+        f"{TRAIN} --config shards",
+        f"{TRAIN} --config latin.yaml",
+        f"{TRAIN} --config broken.yaml",
+        f"{TRAIN} --config list.yaml",
+        f"{TRAIN} --config loop.yaml",
+    ],
+    "A variable or a reference does not resolve": [
+        f"{TRAIN} 'tokenizer=${{oc.env:QUINTET_NOT_SET}}'",
+        f"{TRAIN} 'tokenizer=${{nothing}}'",
+        f"{TRAIN} 'tokenizer=${{'",
+        f"{TRAIN} 'steps=${{run_dir}}'",
+    ],
+    "Two keys contradict each other": [
+        f"{TRAIN} steps=10 warmup_steps=10",
+        f"{TRAIN} precision=fp16",
+        f"{TRAIN} model.path=random",
+        f"{TRAIN} model.path=random tokenizer=t model.heads=5",
+        f"{TRAIN} spike.action=rollback spike.factor=0",
+        f"{TRAIN} scores=scores",
+        f"{TRAIN} loss.guide.weight=1",
+        "quintet finetune data=shards run_dir=run model.path=model",
+        "quintet export",
+        "quintet encode model=model input=texts.txt output=vectors.npy format=arrow",
+        "quintet filter model=model data=shards output=kept plant_noise=1",
+        "quintet mine model=model data=shards output=mined negatives=2 random_negatives=3",
+        "quintet plan cluster.gpus=[]",
+    ],
+    "The batch does not divide": [f"{TRAIN} batch_size=100"],
+    "The input is not there or of no known kind": [
+        "quintet pack output=new input=nothing.jsonl",
+        "quintet pack output=new input=*.nothing",
+        "quintet pack output=new input=https://example.org/pairs.jsonl",
+        "quintet pack output=new input=texts.txt",
+        "quintet pack output=new input=empty",
+        "quintet pack output=new input=[]",
+    ],
+    "The columns are not found": [
+        "quintet pack output=new input=pairs.jsonl columns.query=title",
+        "quintet pack output=new input=odd.jsonl",
+        "quintet pack output=new input=pairs.jsonl columns.titel=title",
+        "quintet pack output=new input=pairs.jsonl 'columns.query=[title, name]'",
+    ],
+    "Too many records are bad": [
+        "quintet pack output=new workers=1 input=bad.jsonl",
+        "quintet pack output=new workers=1 input=bad.jsonl max_bad_fraction=1",
+    ],
+    "Pack settings that cannot be": [
+        "quintet pack input=pairs.jsonl",
+        "quintet pack input=pairs.jsonl output=new source=a/b",
+        "quintet pack input=pairs.jsonl output=new tokenizer=model train_tokenizer=true",
+        "quintet pack input=pairs.jsonl output=new tokenizer=model format=plain",
+    ],
+    "Collecting pairs fails": [
+        "quintet collect output=new sources=[]",
+        "quintet collect output=new sources=[homeasistant]",
+        "quintet collect output=new languages=[german]",
+        "quintet collect output=new layers=[0]",
+        "quintet collect output=new model=e5-small layers=[3,1]",
+        "quintet collect output=new model=e5-small min_count=3",
+        "quintet collect output=new versions.numpy=2.0",
+    ],
+    "Shards are not found": [
+        "quintet filter model=model output=kept data=nowhere",
+        "quintet filter model=model output=kept data=empty",
+        "quintet filter model=model output=kept data=texts.txt",
+        "quintet filter model=model output=kept data=shards/none-000000.tar",
+        "quintet filter model=model output=kept 'data=shards/pairs-{0.tar'",
+        "quintet filter model=model output=kept data=shards/x*.tar",
+        "quintet filter model=model output=kept data=[]",
+        "quintet pack index=true input=pairs.jsonl",
+        "quintet pack index=true input=empty",
+    ],
+    "The index does not fit": ["quintet filter model=model output=kept data=strange"],
+    "Damaged shards": ["quintet filter model=model output=kept data=cut"],
+    "A mixture file is wrong": [
+        "quintet filter model=model output=kept data=nowhere.yaml",
+        "quintet filter model=model output=kept data=broken.yaml",
+        "quintet filter model=model output=kept data=list.yaml",
+        "quintet filter model=model output=kept data=weights.yaml",
+        "quintet filter model=model output=kept data=[weights.yaml,shards]",
+    ],
+    "A store does not answer": [
+        "quintet filter model=model output=kept data=ftp://example.org/shards",
+        "quintet filter model=model output=kept 'data=pipe:cat shards/pairs-000000.tar'",
+    ],
+    "A model cannot be opened": [
+        "quintet search model=nowhere input=texts.txt query=a",
+        "quintet search model=empty input=texts.txt query=a",
+        "quintet search model=hollow input=texts.txt query=a",
+    ],
+    "Tokenizer and model do not fit": [
+        "quintet pack input=pairs.jsonl output=new tokenizer=empty",
+        "quintet evaluate model=model data=pairs.jsonl output=new max_length=5000",
+    ],
+    "A teacher cannot be used": ["quintet distill teacher=model data=shards scores=scores"],
+    "Negatives are missing or too few": ["quintet mine model=model data=shards output=mined corpus=nowhere"],
+    "The output is there already": [
+        "quintet pack input=pairs.jsonl output=shards",
+        "quintet pack input=pairs.jsonl output=pairs.jsonl",
+        "quintet pack input=pairs.jsonl output=model overwrite=true",
+        "quintet export checkpoint=model output=empty",
+    ],
+    "A folder cannot be written, or the disk is full": [
+        "quintet pack input=pairs.jsonl workers=1 output=texts.txt/new"
+    ],
+    "A run does not go on": ["quintet export run_dir=empty"],
+    "Numbers that are not finite": ["quintet search model=nan input=texts.txt query=a"],
+    "Ranks do not find each other": ["RANK=3 WORLD_SIZE=2 quintet filter model=model data=shards output=kept"],
+    "A GPU is not seen": ["CUDA_VISIBLE_DEVICES= quintet search model=model input=texts.txt query=a device=cuda"],
+    "The launcher cannot start": [
+        "quintet launch --hostfile nowhere encode model=model input=texts.txt output=new",
+        "quintet launch --hostfile empty.jsonl encode model=model input=texts.txt output=new",
+        "quintet launch --hostfile texts.txt encode model=model input=texts.txt output=new",
+        "quintet launch --slurm encode model=model input=texts.txt output=new",
+    ],
+    "The mirror in object storage": [f"{TRAIN} mirror=a::b", f"{TRAIN} mirror=s3://me:secret@bucket/run"],
+    "Evaluation data are not readable": [
+        "quintet evaluate model=model output=new data=nowhere",
+        "quintet evaluate model=model output=new data=texts.txt",
+        "quintet evaluate model=model output=new data=empty",
+        "quintet evaluate model=model output=new data=empty.jsonl",
+        "quintet evaluate model=model output=new data=[]",
+        "quintet evaluate model=model output=new data=[pairs.jsonl,pairs.jsonl]",
+    ],
+    "Texts to encode or search are not readable": [
+        "quintet search model=model query=a input=nowhere",
+        "quintet search model=model query=a input=empty.jsonl",
+        "quintet search model=model query=a input=latin.yaml",
+        "quintet search model=model query=a input=bad.jsonl",
+    ],
+    "A plan cannot be made": [
+        "quintet plan model.path=model cluster.device=cpu",
+        "quintet plan model.path=model measured=[pairs.jsonl]",
+    ],
+}
+# Entries whose messages take more: ranks, signals, a whole run. The test that brings one about.
+SHOWN = {
+    "A source is too small or has no weight": "test_order.py::test_weights_that_choose_nothing_are_refused",
+    "Scores are missing": "test_scores.py::test_a_cache_is_found_by_its_folder_or_by_its_teachers",
+    "Another job works there": (
+        "test_parts.py::test_another_job_is_refused_while_the_folder_is_held_and_other_ranks_are_not"
+    ),
+    "The run was stopped": "test_distill.py::test_a_request_to_stop_writes_what_is_scored_and_ends_with_75",
+    "Ranks hold different weights": (
+        "test_numeric.py::test_a_flipped_bit_of_one_rank_of_three_is_found_within_one_interval_and_the_rank_named"
+    ),
+    "Nothing moves any more": "test_watchdog.py::test_a_stopped_rank_is_named_and_the_job_resumes_to_the_same_losses",
+    "An export differs": "test_export.py::test_a_reader_that_disagrees_prevents_the_export",
+}
+# Entries about what is no message of ours.
+ADVICE = {
+    "Loss that does not fall, scores that stay low",
+    "Out of memory",
+    "A package is missing",
+    "The commands are not found",
+}
+
+
+FILES = {
+    "odd.jsonl": '{"first": "a", "second": "b"}\n',
+    "bad.jsonl": '{"query": "", "passage": "a"}\n{"query": 3, "passage": "b"}\n{"query\n',
+    "empty.jsonl": "",
+    "texts.txt": "one text\nanother text\n",
+    "broken.yaml": "sources: {a: [\n",
+    "list.yaml": "- a\n- b\n",
+    "loop.yaml": "include: loop.yaml\n",
+    "twice.yaml": "steps: 3\nsteps: 4\n",
+    "weights.yaml": "sources: {a: {shards: shards, weight: 1}, b: {shards: shards}}\n",
+    "bare.yaml": "tokenizer: no\n",
+}
+
+
+def _entries() -> dict[str, list[str]]:
+    """The headings of the third level, with the messages in the code block below each."""
+    entries: dict[str, list[str]] = {}
+    title = ""
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            title = line.removeprefix("### ") if line.startswith("### ") else ""
+        elif title and not line.startswith("    "):
+            entries.setdefault(title, [])
+        elif title:
+            entries.setdefault(title, []).append(line.strip())
+    return entries
+
+
+ENTRIES = _entries()
+PATTERNS = [pattern for patterns in ENTRIES.values() for pattern in patterns]
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """A message as the page writes it, which may stop early."""
+    return re.compile(".*?".join(map(re.escape, text.split(GAP))), re.DOTALL)
+
+
+def _covers(pattern: str, message: str) -> bool:
+    """Is this the message? A line of the page without two words is so general that it has to be the whole of it."""
+    wordy = len(re.findall("[A-Za-z]{2,}", pattern)) >= 2
+    return pattern == message or (wordy and bool(_pattern(pattern.strip(GAP)).search(message)))
+
+
+# The page and the code
+
+
+def test_every_message_of_the_code_is_on_the_page() -> None:
+    unknown = [
+        str(site)
+        for site in SITES
+        if not any(_covers(pattern, site.text) for pattern in PATTERNS)
+        and f"{site.file}:{site.function}" not in PASSED_ON
+    ]
+    assert not unknown, "write these messages, or their beginning, into an entry of docs/troubleshooting.md"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_line_of_the_page_is_a_message_of_the_code(pattern: str) -> None:
+    if pattern in ELSEWHERE:
+        text = (ROOT / ELSEWHERE[pattern]).read_text(encoding="utf-8") if ELSEWHERE[pattern] else pattern
+        words = [part.strip(" ;:?") for part in re.split(f"{GAP}|: |, ", pattern)]
+        assert all(part in text for part in words if len(part) > 9)
+    else:
+        assert any(_covers(pattern, site.text) for site in SITES)
+
+
+def test_what_passes_a_message_on_exists_and_makes_none_itself() -> None:
+    made = {f"{site.file}:{site.function}" for site in SITES}
+    assert made >= PASSED_ON
+
+
+def test_a_new_message_would_be_missed() -> None:
+    new = Site("data/new.py", "run", 1, "input=…: the moon is in the wrong quarter; wait")
+    assert not any(_covers(pattern, new.text) for pattern in PATTERNS)
+
+
+def test_every_reason_to_reject_a_record_is_on_the_page() -> None:
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert all(f"*{reason}*" in text for reason in records.REASONS)
+
+
+# The page and what users see
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with good and bad files of all kinds."""
+    desk = tmp_path_factory.mktemp("desk")
+    rows = [{"query": pair.query, "passage": pair.passage} for pair in pairs(160)]
+    (desk / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    for name, text in FILES.items():
+        (desk / name).write_text(text, encoding="utf-8")
+    (desk / "latin.yaml").write_bytes("model: größer\n".encode("latin-1"))
+    (desk / "empty").mkdir()
+    tiny.bert(desk / "model")
+    _break_models(desk)
+    assert cli.main(["pack", f"input={desk}/pairs.jsonl", f"output={desk}/shards", "workers=1"]) == 0
+    for name in ("cut", "strange"):
+        shutil.copytree(desk / "shards", desk / name)
+    os.truncate(desk / "cut/pairs-000000.tar", 700)
+    (desk / "strange/index.json").write_text("{}", encoding="utf-8")
+    return desk
+
+
+def _break_models(desk: Path) -> None:
+    for name in ("nan", "hollow"):
+        shutil.copytree(desk / "model", desk / name)
+    weights = load_file(desk / "nan/model.safetensors")
+    save_file(
+        {key: torch.full_like(value, torch.nan) for key, value in weights.items()}, desk / "nan/model.safetensors"
+    )
+    (desk / "hollow/model.safetensors").write_bytes(b"nothing")
+
+
+@pytest.mark.parametrize("entry", PROVOKED)
+def test_a_message_is_given_as_the_page_has_it(
+    entry: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(desk)
+    for line in PROVOKED[entry]:
+        words = shlex.split(line)
+        with monkeypatch.context() as changed:
+            while "=" in words[0]:
+                changed.setenv(*words.pop(0).split("=", 1))
+            code = cli.main(words[1:])
+        said = capsys.readouterr().err
+        assert code in (2, 3, 4), f"{line}: {said}"
+        assert any(_pattern(pattern.strip(GAP)).search(said) for pattern in ENTRIES[entry]), f"{line}: {said}"
+
+
+def test_every_entry_has_a_test_that_brings_its_message_about() -> None:
+    assert set(ENTRIES) == {*PROVOKED, *SHOWN, *ADVICE}
+
+
+@pytest.mark.parametrize("entry", SHOWN)
+def test_the_test_that_shows_an_entry_speaks_of_its_message(entry: str) -> None:
+    file, _, name = SHOWN[entry].partition("::")
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    function = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
+    constants = [node.value for node in ast.walk(function) if isinstance(node, ast.Constant)]
+    words = [value for value in constants if isinstance(value, str)]
+    said = [part for text in words for part in text.split(".*")]
+    texts = [site.text for site in SITES if any(_covers(pattern, site.text) for pattern in ENTRIES[entry])]
+    quoted = any(len(part) > 7 and part in text for part in said for text in [*texts, *ENTRIES[entry]])
+    patterns = [_pattern(pattern.strip(GAP)) for pattern in ENTRIES[entry]]
+    assert quoted or any(pattern.search(text) for text in words for pattern in patterns)
