@@ -43,6 +43,7 @@ PASSED_ON = {
     "launcher/sources.py:_compose_file",
     "launcher/sources.py:read_file",
     "launcher/sources.py:read_override",
+    "trainer/export.py:check",
     "trainer/guard.py:_end_of_agreement",
 }
 # What is no error of ours, or is written without one, and the file that has its words; "" for a shell's or torch's.
@@ -227,6 +228,24 @@ PROVOKED = {
         "quintet search model=model query=a input=empty.jsonl",
         "quintet search model=model query=a input=latin.yaml",
         "quintet search model=model query=a input=bad.jsonl",
+    ],
+    "An export cannot be as asked": [
+        "quintet export checkpoint=model output=new int8=true",
+        "quintet export checkpoint=model output=new dry_run=true",
+        "quintet export checkpoint=model output=new dimensions=9999",
+    ],
+    "The hub refuses an upload": ["HF_HUB_OFFLINE=1 HF_TOKEN=x quintet export checkpoint=model output=up push=me/mine"],
+    "Overlaps cannot be looked for or left out": [
+        "quintet decontaminate data=shards against=pairs.jsonl drop=[query]",
+        "quintet decontaminate data=shards against=pairs.jsonl drop=[words] output=new",
+        "quintet decontaminate data=shards against=pairs.jsonl drop=[query] output=new workers=1",
+        "quintet decontaminate data=shards against=pairs.jsonl ngram=3",
+    ],
+    "The search cannot be asked, or its page not opened": [
+        "quintet search model texts.txt compare=model",
+        "quintet search model texts.txt query=a serve=true",
+        "quintet search model texts.txt query=",
+        "quintet search model texts.txt serve=true host=192.0.2.1",
     ],
     "A plan cannot be made": [
         "quintet plan model.path=model cluster.device=cpu",
