@@ -27,6 +27,7 @@ DOORS = {
     "wandb": {"trainer/monitor.py"},
     "omegaconf": {"launcher/config.py"},
     "faiss": {"trainer/approximate.py"},
+    "plotly": {"trainer/page.py"},
     "mteb": {"trainer/evaluate.py", "trainer/export.py", "trainer/teacher.py"},
     "sentence_transformers": {"trainer/evaluate.py", "trainer/export.py", "trainer/teacher.py"},
 }
