@@ -59,7 +59,7 @@ def _one(name: str, metric: str, title: str, caption: str, unit: str, **layout: 
     return Curves(name, title, caption, unit, (Line(metric, title),), layout)
 
 
-_FRACTION = {"tickformat": ".0%", "hoverformat": ".2%"}
+_FRACTION = {"tickformat": ".2~%", "hoverformat": ".2%"}
 _FROM_ZERO = {"rangemode": "tozero"}
 
 TRAINING = (
@@ -136,9 +136,9 @@ DATA = (
         **_FROM_ZERO,
     ),
     Curves(
-        "losses-of-data",
+        "left-out",
         "What was left out",
-        "Counts since the start; flat lines at zero are what you want.",
+        "Counts since the start of the run; a line that goes on rising needs a look.",
         "",
         (
             Line("data/samples_bad", "damaged pairs"),
@@ -204,8 +204,8 @@ def _curves(spec: Curves, runs: Sequence[RunLog]) -> Chart:
             steps, values = run.series(line.metric)
             if steps:
                 look = _look(number, place, several=len(runs) > 1)
-                name = _name(run.name, line.label, several_runs=len(runs) > 1, several_lines=len(lines) > 1)
-                traces.append(_trace(steps, values, look, name, {"run": number, "metric": line.metric}))
+                meta = {"run": number, "metric": line.metric, "name": literal(run.name)}
+                traces.append(_trace(steps, values, look, line.label) | {"meta": meta})
                 notes += _notes(values)
     layout = {
         "xaxis": {"title": {"text": "step"}},
@@ -213,12 +213,24 @@ def _curves(spec: Curves, runs: Sequence[RunLog]) -> Chart:
         "shapes": _restarts(runs),
         "hovermode": "x unified",
     }
+    if len(runs) > 1:
+        _name_runs(traces, several_lines=len(lines) > 1)
     return Chart(spec.name, spec.title, " ".join([spec.caption, *dict.fromkeys(notes)]), traces, layout)
 
 
-def _trace(
-    steps: Sequence[int], values: Sequence[float], look: Mapping[str, Any], name: str, meta: Mapping[str, Any]
-) -> dict[str, Any]:
+def _name_runs(traces: Sequence[dict[str, Any]], *, several_lines: bool) -> None:
+    """Say whose line it is: in the legend, or where that has the lines of a chart, on hovering."""
+    known: set[str] = set()
+    for trace in traces:
+        if several_lines:
+            first = trace["name"] not in known
+            trace |= {"legendgroup": trace["name"], "showlegend": first, "hovertemplate": "%{y:.4~g} (%{meta.name})"}
+            known.add(trace["name"])
+        else:
+            trace["name"] = trace["meta"]["name"]
+
+
+def _trace(steps: Sequence[int], values: Sequence[float], look: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A line; values that are no finite numbers are gaps in it."""
     kept = thin(values)
     return {
@@ -229,7 +241,6 @@ def _trace(
         "name": literal(name),
         "line": {"width": 2, **look},
         "marker": {"size": 5},
-        "meta": dict(meta),
     }
 
 
@@ -267,12 +278,6 @@ def _look(run: int, line: int, *, several: bool) -> dict[str, str]:
     """Colour by run and dash by line; with one run, colour by line."""
     number, dash = (run, line) if several else (line, line // len(COLOURS))
     return {"color": COLOURS[number % len(COLOURS)], "dash": _DASHES[dash % len(_DASHES)]}
-
-
-def _name(run: str, line: str, *, several_runs: bool, several_lines: bool) -> str:
-    if not several_runs:
-        return line
-    return f"{run}: {line}" if several_lines else run
 
 
 def _restarts(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
@@ -326,12 +331,12 @@ def step_times(runs: Sequence[RunLog]) -> list[Chart]:
         ]
         caption = "Seconds of a step by what they went into; checkpoints are spread over the steps before them."
         caption += f" One logged step in {every} is drawn." if every > 1 else ""
-        title = "Time of a step" + (f": {run.name}" if len(runs) > 1 else "")
+        title = _titled("Time of a step", run.name if len(runs) > 1 else "")
         layout = {
             "xaxis": {"title": {"text": "step"}},
             "yaxis": {"title": {"text": "s"}, "rangemode": "tozero"},
             "hovermode": "x unified",
-            "shapes": [],
+            "shapes": _restarts([run]),
         }
         charts.append(Chart(f"step-time-{number}", title, caption, traces, layout, height=340, wide=len(runs) == 1))
     return charts
@@ -445,7 +450,7 @@ def _dots(place: int, name: str, scores: Scores, languages: Sequence[str]) -> di
 
 
 def histogram(run: str, place: int, closeup: Closeup) -> Chart:
-    """How similar queries are to their passages and to those of others."""
+    """How similar queries are to their passages and to those of others; `run` is named where there are several."""
     middles = [round(float(low + high) / 2, 5) for low, high in zip(closeup.edges, closeup.edges[1:], strict=False)]
     traces = []
     for name, counts, colour in (
@@ -476,7 +481,7 @@ def histogram(run: str, place: int, closeup: Closeup) -> Chart:
         f"Held-out pairs of {closeup.data}, and each query with the other pairs' passages; "
         "the less the two overlap, the better the model separates."
     )
-    return Chart(f"histogram-{place}", f"Similarities: {run}", caption, traces, layout, 340)
+    return Chart(f"histogram-{place}", _titled("Similarities", run), caption, traces, layout, 420)
 
 
 def plane(run: str, place: int, closeup: Closeup, by: str, *, texts: bool) -> Chart:
@@ -499,7 +504,7 @@ def plane(run: str, place: int, closeup: Closeup, by: str, *, texts: bool) -> Ch
     caption = f"Queries (dots) and passages (rings) of {closeup.data} on their two principal axes; a good model " + (
         "mixes the two sides and tells topics apart." if by == "source" else "does not sort texts by language."
     )
-    return Chart(f"plane-{by}-{place}", f"Map by {by}: {run}", caption, traces, layout, 420)
+    return Chart(f"plane-{by}-{place}", _titled(f"Map by {by}", run), caption, traces, layout, 420)
 
 
 def _points(
@@ -527,6 +532,10 @@ def _points(
         },
         "meta": {"run": place},
     }
+
+
+def _titled(title: str, run: str) -> str:
+    return f"{title}: {run}" if run else title
 
 
 def _short(text: str, most: int = 120) -> str:

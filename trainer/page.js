@@ -8,6 +8,8 @@
   const settings = {
     responsive: true,
     displaylogo: false,
+    showSendToCloud: false, // plotly has a button that uploads the chart to its maker
+    plotlyServerURL: "",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     toImageButtonOptions: { format: "png", scale: 2 },
   };
@@ -32,6 +34,10 @@
     };
   }
 
+  function axis(own) {
+    return { automargin: true, ...own, title: { font: { size: 12 }, standoff: 8, ...own.title } };
+  }
+
   function layout(figure) {
     const own = figure.layout;
     return {
@@ -42,10 +48,10 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12 },
-      xaxis: { automargin: true, ...own.xaxis },
-      yaxis: { automargin: true, ...own.yaxis },
+      xaxis: axis(own.xaxis),
+      yaxis: axis(own.yaxis),
       showlegend: figure.data.length > 1,
-      legend: { orientation: "h", x: 0, y: -0.22, xanchor: "left", yanchor: "top" },
+      legend: { orientation: "h", x: 0, y: 0, xref: "container", yref: "container", xanchor: "left", yanchor: "bottom" },
       hoverlabel: { namelength: -1 },
       modebar: { bgcolor: "rgba(0,0,0,0)" },
       dragmode: touch ? false : "zoom", // a finger that moves over a chart scrolls the page

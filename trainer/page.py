@@ -138,7 +138,7 @@ def _card(number: int, card: Card, several: bool) -> str:
         for label, value, small in card.numbers
     )
     return (
-        f'<section class="run" aria-label="Run {_text(card.name)}">'
+        f'<section class="run{" several" if several else ""}" aria-label="Run {_text(card.name)}">'
         f'<h2>{name} <span class="state {card.state}">{card.state}</span>'
         f'<span class="reason">{_text(card.about)}</span></h2>'
         f'<dl class="numbers">{numbers}</dl><p class="hardware">{_text(card.hardware)}</p></section>'

@@ -171,12 +171,26 @@ def _speed(runs: Sequence[RunLog]) -> Section:
 
 
 def _data(runs: Sequence[RunLog]) -> Section:
-    blocks: list[Chart | Table | Note] = [*charts.curves(charts.DATA, runs)]
+    drawn = charts.curves(charts.DATA, runs)
+    blocks: list[Chart | Table | Note] = [chart for chart in drawn if chart.name != "left-out" or _anything(chart)]
+    if len(blocks) < len(drawn):
+        blocks.append(Note(f"Nothing was left out: {_counted(drawn)} stayed at 0."))
     for run in runs:
         if run.incidents:
             counts = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(run.incidents.items()))
             blocks.append(Note(f"{run.name}: incidents.jsonl tells of {counts}."))
     return Section("Data and numerics", "Whether anything had to be left out.", blocks)
+
+
+def _anything(chart: Chart) -> bool:
+    return any(value != 0 for trace in chart.traces for value in trace["y"])
+
+
+def _counted(drawn: Sequence[Chart]) -> str:
+    """What the chart of things left out would show."""
+    labels = {line.metric: line.label for spec in charts.DATA for line in spec.lines}
+    traces = [trace for chart in drawn if chart.name == "left-out" for trace in chart.traces]
+    return ", ".join(dict.fromkeys(labels[trace["meta"]["metric"]] for trace in traces))
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------
@@ -263,17 +277,15 @@ def _plain(name: str) -> str:
 
 def _embeddings(runs: Sequence[RunLog], closeups: Sequence[Closeup | str], texts: bool) -> Section:
     blocks: list[Chart | Table | Note] = []
-    for number, (run, closeup) in enumerate(zip(runs, closeups, strict=True)):
-        if isinstance(closeup, str):
-            blocks.append(Note(closeup))
-            continue
-        blocks.append(charts.histogram(run.name, number, closeup))
-        if any(closeup.sources):
-            blocks.append(charts.plane(run.name, number, closeup, "source", texts=texts))
-        if any(closeup.langs):
-            blocks.append(charts.plane(run.name, number, closeup, "language", texts=texts))
-    pairs = {len(closeup.sources) for closeup in closeups if isinstance(closeup, Closeup)}
-    lead = f"What the exported model makes of {max(pairs):,} held-out pairs. " if pairs else ""
+    seen = [(number, closeup) for number, closeup in enumerate(closeups) if isinstance(closeup, Closeup)]
+    names = [run.name if len(runs) > 1 else "" for run in runs]
+    blocks += [charts.histogram(names[number], number, closeup) for number, closeup in seen]
+    for by, known in (("source", "sources"), ("language", "langs")):
+        mapped = [(number, closeup) for number, closeup in seen if any(getattr(closeup, known))]
+        blocks += [charts.plane(names[number], number, closeup, by, texts=texts) for number, closeup in mapped]
+    blocks += [Note(closeup) for closeup in closeups if isinstance(closeup, str)]
+    pairs = max((len(closeup.sources) for _, closeup in seen), default=0)
+    lead = f"What the exported model makes of {pairs:,} held-out pairs. " if pairs else ""
     lead += "The map is a projection (PCA) and keeps only part of the distances."
     return Section("Embeddings", lead, blocks)
 
