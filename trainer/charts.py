@@ -338,7 +338,7 @@ def step_times(runs: Sequence[RunLog]) -> list[Chart]:
             "hovermode": "x unified",
             "shapes": _restarts([run]),
         }
-        charts.append(Chart(f"step-time-{number}", title, caption, traces, layout, height=340, wide=len(runs) == 1))
+        charts.append(Chart(f"step-time-{number}", title, caption, traces, layout, wide=len(runs) == 1))
     return charts
 
 
