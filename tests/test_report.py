@@ -235,6 +235,13 @@ def test_the_button_switches_between_light_and_dark(opened: Opened) -> None:
     assert (before, after) == ("#e6e9ed", "#1b1f24")
 
 
+def test_on_paper_the_page_is_light(opened: Opened) -> None:
+    opened.page.emulate_media(media="print", color_scheme="dark")
+    opened.page.wait_for_function("document.getElementById('chart-loss').layout.font.color === '#000'")
+    assert not opened.page.locator("#theme").is_visible()
+    opened.page.emulate_media(media="screen", color_scheme="light")
+
+
 def test_every_chart_says_in_words_what_it_shows(opened: Opened) -> None:
     assert opened.page.evaluate("document.documentElement.lang") == "en"
     for figure in opened.page.query_selector_all("figure"):
@@ -354,16 +361,32 @@ def test_a_run_of_fifty_thousand_logged_steps_stays_small_and_says_so(tmp_path: 
     assert "One logged step in 100 is drawn" in captions["step-time-0"]
 
 
+def _tables(log: runlog.RunLog, published: dict[str, Any]) -> dict[str, page.Table]:
+    blocks = [block for section in reporting.compose([log], [""], published).sections for block in section.blocks]
+    return {block.caption.partition(" ")[0]: block for block in blocks if isinstance(block, page.Table)}
+
+
 def test_published_figures_stand_beside_ours() -> None:
-    log = runlog.RunLog(Path("x"), "ours", results={"scifact": {"ndcg_at_10": 0.5, "queries": 3}, "odd": [1]})
-    published = {"E5": {"SciFact": 71.9, "other": 1.0}, "broken": 3, "fraction": {"scifact": 0.25}}
-    tables = [block for section in reporting.compose([log], [""], published).sections for block in section.blocks]
-    rows = next(block.rows for block in tables if isinstance(block, page.Table) and block.caption.startswith("scifact"))
-    assert [row[1:] for row in rows] == [
-        ["ours", "3", "0.500"],
-        ["E5 (published)", "", "0.719"],
-        ["fraction (published)", "", "0.250"],
+    whole = {"type": "benchmark", "score": 0.5, "by_type": {"STS": 0.25}, "missing": []}
+    results = {"scifact": {"ndcg_at_10": 0.625}, "MTEB": whole, "BEIR": whole | {"missing": ["NQ"]}, "odd": [1]}
+    lines = {"mean": {"e5": [1, None, 3]}, "STS": {"me5": 66.6}, "Retrieval": {"e5": 1}}
+    published = {"families": {"e5": "E5", "me5": "mE5", "other": "Other"}, "tables": {"BEIR": lines, "MTEB": lines}}
+    published["tables"]["SciFact"] = {"mean": {"e5": 72.0}}
+    tables = _tables(runlog.RunLog(Path("x"), "ours", results=results), published)
+    assert tables["Beside"].head == ["benchmark", "", "ours", "E5", "mE5"]
+    assert tables["Beside"].rows == [
+        ["MTEB", "mean", "50.0", "1 / – / 3", ""],
+        ["MTEB", "STS", "25.0", "", "66.6"],
+        ["SciFact", "mean", "62.5", "72.0", ""],
     ]
+    assert tables["Main"].rows == [["MTEB", "benchmark", "", "0.500"], ["BEIR", "benchmark", "", "0.500"]]
+    assert "Beside" not in _tables(runlog.RunLog(Path("x"), "ours", results=results), {"tables": [3]})
+
+
+def test_the_exchange_of_embeddings_is_taken_out_of_the_loss() -> None:
+    row = {"train/step": 1, "perf/step_s": 2.0, "perf/loss_s": 0.75, "perf/gather_s": 0.5, "perf/meet_s": 0.125}
+    _, parts = charts.step_parts(runlog.RunLog(Path("x"), "x", rows=[row]))
+    assert parts == {"meet": [0.125], "gather": [0.5], "loss": [0.25], "other": [1.125]}
 
 
 @pytest.mark.parametrize(

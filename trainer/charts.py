@@ -156,8 +156,9 @@ HELD_OUT = (
     ("recall_at_100", "Recall@100", "Right passages that are among the first hundred results."),
     ("accuracy_at_1", "Accuracy@1", "Queries whose first result is right."),
 )
-# What a step's time goes into, from the bottom up. `gather` is logged by some engines only.
+# What a step's time goes into, from the bottom up, beside the wait for data. Runs differ in what they log.
 _PARTS = (
+    ("perf/meet_s", "meet"),
     ("perf/encode_s", "encode"),
     ("perf/gather_s", "gather"),
     ("perf/loss_s", "loss"),
@@ -348,6 +349,8 @@ def step_parts(run: RunLog) -> tuple[list[int], dict[str, list[float]]]:
     steps = [int(row["train/step"]) for row in rows]
     parts = {"data": [_finite(row, "perf/data_wait_frac") * row["perf/step_s"] for row in rows]}
     parts |= {name: [_finite(row, key) for row in rows] for key, name in _PARTS}
+    # the exchange of embeddings is measured within the loss
+    parts["loss"] = [max(0.0, loss - part) for loss, part in zip(parts["loss"], parts["gather"], strict=True)]
     known = [sum(values) for values in zip(*parts.values(), strict=True)]
     parts["other"] = [max(0.0, row["perf/step_s"] - part) for row, part in zip(rows, known, strict=True)]
     parts["checkpoint"] = _checkpoint_seconds(run, steps)

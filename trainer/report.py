@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("quintet")
 
+_PUBLISHED = Path(__file__).parent.parent / "configs" / "evaluate" / "published.yaml"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -30,7 +32,6 @@ class Config:
     data: str = key("", help="held-out pairs for histograms and map; empty: the first of the run's own eval.data")
     pairs: int = key(500, help="held-out pairs that the exported model embeds for them; 0: none", low=0, high=2_000)
     texts: bool = key(False, help="show texts of the held-out data in the map; else only source and language")
-    published: str = key("configs/evaluate/published.yaml", help="published figures to set beside ours, by model")
     device: str = key("auto", help="where to embed; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
 
 
@@ -49,7 +50,7 @@ def run(config: Config) -> None:
     folders, device = _folders(config.runs), pick_device(config.device)
     logs = [runlog.read(folder, name) for folder, name in zip(folders, runlog.names_of(folders), strict=True)]
     closeups = [_closeup(log, config, device) for log in logs]
-    content = reporting.compose(logs, closeups, runlog.mapping(Path(config.published)), texts=config.texts)
+    content = reporting.compose(logs, closeups, runlog.mapping(_PUBLISHED), texts=config.texts)
     output = Path(config.output) if config.output else folders[0] / "report.html"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def compose(
 
     Args:
         closeups: for each run, or a sentence that says why there is none.
-        published: by model, its figures by data set or task.
+        published: what configs/evaluate/published.yaml holds; empty where it is missing.
         texts: whether the map may show texts of the held-out data.
     """
     title = f"Training report: {runs[0].name}" if len(runs) == 1 else f"Training report: {len(runs)} runs"
@@ -198,8 +198,11 @@ def _counted(drawn: Sequence[Chart]) -> str:
 
 def _evaluation(runs: Sequence[RunLog], published: Mapping[str, Any]) -> Section:
     blocks: list[Chart | Table | Note] = [*charts.by_language(runs)]
-    data = dict.fromkeys(name for run in runs for name, entry in run.results.items() if isinstance(entry, dict))
-    blocks += [_evaluation_table(runs, name, published) for name in data]
+    data = dict.fromkeys(name for run in runs for name in _entries(run))
+    tasks = [name for name in data if any("score" in _entries(run).get(name, {}) for run in runs)]
+    blocks += [_evaluation_table(runs, name) for name in data if name not in tasks]
+    blocks += [_task_table(runs, tasks)] if tasks else []
+    blocks += _published_table(runs, published)
     without = [run.name for run in runs if not run.results]
     if without:
         names = ", ".join(without)
@@ -207,14 +210,28 @@ def _evaluation(runs: Sequence[RunLog], published: Mapping[str, Any]) -> Section
     return Section("Evaluation", "The finished model on whole data sets, from results.json, beside BM25.", blocks)
 
 
-def _evaluation_table(runs: Sequence[RunLog], data: str, published: Mapping[str, Any]) -> Table:
+def _entries(run: RunLog) -> dict[str, dict[str, Any]]:
+    """What results.json says of each data set, task and benchmark."""
+    return {name: entry for name, entry in run.results.items() if isinstance(entry, dict)}
+
+
+def _task_table(runs: Sequence[RunLog], tasks: Sequence[str]) -> Table:
+    """Tasks and benchmarks that have one main figure."""
+    rows = []
+    for task in tasks:
+        entries = [_entries(run).get(task, {}) for run in runs]
+        about = next(entry for entry in entries if entry)
+        scores = [_number(entry.get("score")) for entry in entries]
+        rows.append([task, str(about.get("type", "")), str(about.get("metric", "")), *scores])
+    head = ["task", "type", "figure", *(run.name for run in runs)]
+    return Table("Main figures of tasks and benchmarks: higher is better.", head, rows)
+
+
+def _evaluation_table(runs: Sequence[RunLog], data: str) -> Table:
     scorers = _scorers(runs, data)
     metrics = _columns([entry for _, entry in scorers])
     rows = [_scores("all", name, entry, metrics) for name, entry in scorers]
     faint = [n for n, (name, _) in enumerate(scorers) if name == "BM25"]
-    for model, score in _published_on(data, published):
-        faint.append(len(rows))
-        rows.append(["all", f"{model} (published)", "", f"{score:.3f}", *[""] * (len(metrics) - 1)])
     sources = dict.fromkeys(source for _, entry in scorers for source in _parts(entry))
     for source in sources if len(sources) > 1 else ():
         for name, entry in scorers:
@@ -249,8 +266,7 @@ def _columns(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 def _scores(group: str, scorer: str, entry: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     queries = entry.get("queries")
     values = [entry.get(metric) for metric in metrics]
-    numbers = [f"{value:.3f}" if isinstance(value, int | float) else "" for value in values]
-    return [group, scorer, f"{queries:,}" if isinstance(queries, int) else "", *numbers]
+    return [group, scorer, f"{queries:,}" if isinstance(queries, int) else "", *map(_number, values)]
 
 
 def _parts(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,14 +274,56 @@ def _parts(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in sources.items() if isinstance(part, dict)} if isinstance(sources, dict) else {}
 
 
-def _published_on(data: str, published: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Models that have a published figure for this data set, as fractions: papers give them in percent."""
+def _published_table(runs: Sequence[RunLog], published: Mapping[str, Any]) -> list[Table]:
+    """Ours beside the published figures of the same data sets, tasks and benchmarks; nothing where there are none.
+
+    published: as in configs/evaluate/published.yaml: `families` names models, `tables` has their figures in percent by
+    benchmark, and there by row; a family has one figure, or three by its sizes.
+    """
+    families, tables = published.get("families"), published.get("tables")
+    if not (isinstance(families, dict) and isinstance(tables, dict)):
+        return []
     found = []
-    for model, figures in published.items():
-        for name, score in figures.items() if isinstance(figures, dict) else ():
-            if _plain(str(name)) == _plain(data) and isinstance(score, int | float):
-                found.append((model, score / 100 if score > 1 else float(score)))
-    return found
+    for benchmark, lines in tables.items():
+        for line, theirs in lines.items() if isinstance(lines, dict) else ():
+            ours = [_ours(run, str(benchmark), str(line)) for run in runs]
+            if any(score is not None for score in ours) and isinstance(theirs, dict):
+                found.append((str(benchmark), str(line), ours, theirs))
+    shown = [family for family in families if any(family in theirs for *_, theirs in found)]
+    rows = [
+        [
+            benchmark,
+            line,
+            *("" if score is None else f"{100 * score:.1f}" for score in ours),
+            *(_sizes(theirs.get(family)) for family in shown),
+        ]
+        for benchmark, line, ours, theirs in found
+    ]
+    head = ["benchmark", "", *(run.name for run in runs), *(str(families[family]) for family in shown)]
+    return (
+        [Table("Beside published figures, in percent; several are small / base / large.", head, rows)] if rows else []
+    )
+
+
+def _ours(run: RunLog, benchmark: str, line: str) -> float | None:
+    """Our figure for a published line, as a fraction. A benchmark that lacks a task has none."""
+    entry = next((entry for name, entry in _entries(run).items() if _plain(name) == _plain(benchmark)), {})
+    if entry.get("missing"):
+        return None
+    known = {**entry, "mean": entry.get("score", entry.get("ndcg_at_10"))}
+    for group in ("by_type", "by_subset"):
+        known |= entry[group] if isinstance(entry.get(group), dict) else {}
+    score = known.get(line)
+    return float(score) if isinstance(score, int | float) else None
+
+
+def _sizes(figures: Any) -> str:
+    several = figures if isinstance(figures, list) else [figures]
+    return " / ".join("–" if one is None else str(one) for one in several) if figures is not None else ""
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else ""
 
 
 def _plain(name: str) -> str:
