@@ -237,7 +237,7 @@ def test_the_button_switches_between_light_and_dark(opened: Opened) -> None:
 
 def test_on_paper_the_page_is_light(opened: Opened) -> None:
     opened.page.emulate_media(media="print", color_scheme="dark")
-    opened.page.wait_for_function("document.getElementById('chart-loss').layout.font.color === '#000'")
+    opened.page.wait_for_function("() => document.getElementById('chart-loss').layout.font.color === '#000'")
     assert not opened.page.locator("#theme").is_visible()
     opened.page.emulate_media(media="screen", color_scheme="light")
 
