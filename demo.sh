@@ -33,4 +33,6 @@ OMP_NUM_THREADS=$both_cores quintet evaluate --config configs/tiny/evaluate.yaml
 title 'search: questions in three languages, among the held-out passages'
 quintet search model=demo/run input=demo/shards/holdout.jsonl top_k=3 'query=["How do I set the temperature of a room?",
     "Temperatur im Schlafzimmer einstellen", "Quel est le mot de passe du réseau Wi-Fi ?"]'
-title 'done: demo/run/model opens in sentence-transformers; demo/run/metrics.jsonl has the curves'
+title 'report: curves, scores and embeddings in one HTML file'
+quintet report demo/run
+title 'done: demo/run/model opens in sentence-transformers; open demo/run/report.html in a browser'

@@ -105,6 +105,18 @@ STAGES = {
         "a checkpoint to a folder that sentence-transformers opens, reloaded and compared",
         "quintet export run_dir=run output=model",
     ),
+    "report": Stage(
+        "trainer.report",
+        "one HTML file about run folders: curves, speed, held-out scores, embeddings, settings",
+        "quintet report runs=[runs/a,runs/b] output=report.html",
+        words=("runs",),
+    ),
+    "runs": Stage(
+        "trainer.runs",
+        "the runs below a folder: how far they are, how good and how fast",
+        "quintet runs root=runs",
+        words=("root",),
+    ),
     "plan": Stage(
         "trainer.plan",
         "what a recipe takes on a cluster: time, memory, traffic and cost, by the number of GPUs",

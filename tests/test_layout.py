@@ -29,6 +29,7 @@ DOORS = {
     "faiss": {"trainer/approximate.py"},
     "starlette": {"trainer/searchpage.py"},
     "uvicorn": {"trainer/searchpage.py"},
+    "plotly": {"trainer/reportpage.py"},
     "mteb": {"trainer/evaluate.py", "trainer/export.py", "trainer/teacher.py"},
     "sentence_transformers": {"trainer/evaluate.py", "trainer/export.py", "trainer/teacher.py"},
 }

@@ -26,6 +26,7 @@ from trainer.meter import Meter
 from trainer.monitor import Monitor, summary
 from trainer.preempt import StopRequest
 from trainer.remote import Mirror
+from trainer.runlog import STAGES
 from trainer.schedule import learning_rate
 from trainer.spot import Watch
 from trainer.train import Config
@@ -33,8 +34,6 @@ from trainer.watchdog import SECTIONS, Watchdog
 
 log = logging.getLogger("quintet")
 
-# The command that each objective belongs to: what a run is called in the log and in W&B.
-_STAGES = {"contrastive": "pretrain", "distillation": "finetune", "ranking": "teacher"}
 # Between two looks for scores that a worker has not written yet.
 _POLL_SECONDS = 1.0
 
@@ -384,7 +383,7 @@ def _open(
         config.run_dir,
         config.wandb,
         config={name: str(value) for name, value in described},
-        job_type=_STAGES[config.objective],
+        job_type=STAGES[config.objective],
         run_id=identity.id,
         attempt=identity.attempt,
         steps=config.steps,

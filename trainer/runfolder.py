@@ -143,6 +143,22 @@ def finish(run_dir: str | Path, code: int, reason: str, step: int) -> None:
     write_json(Path(run_dir) / "exit.json", {"code": code, "reason": reason, "step": step, "time": time.time()})
 
 
+def is_held(run_dir: str | Path, limit_seconds: float = 60.0) -> bool:
+    """Whether a process seems to work in the folder now, at one look: to be shown, not to decide who may write.
+
+    Of another machine's lease only its age tells, by the clocks of both.
+    """
+    path = Path(run_dir) / "lease.json"
+    try:
+        owner = json.loads(path.read_bytes())
+        age = time.time() - path.stat().st_mtime
+        if owner["process_table"] and owner["process_table"] == _process_table():
+            return _process_start(int(owner["pid"])) == owner["process_start"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    return age < limit_seconds
+
+
 def environment(devices: Sequence[str] = ()) -> dict[str, Any]:
     """What the numbers of a run depend on besides its configuration."""
     return {
