@@ -247,6 +247,13 @@ PROVOKED = {
         "quintet search model texts.txt query=",
         "quintet search model texts.txt serve=true host=192.0.2.1",
     ],
+    "There is nothing to report on": [
+        "quintet report nowhere",
+        "quintet report model",
+        "quintet report runs=[]",
+        "quintet runs nowhere",
+        "quintet runs empty",
+    ],
     "A plan cannot be made": [
         "quintet plan model.path=model cluster.device=cpu",
         "quintet plan model.path=model measured=[pairs.jsonl]",
