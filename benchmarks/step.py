@@ -83,7 +83,7 @@ CASES = {
     "bf16": HALF,
 }
 # What the encoder's products could be: a large product of the same type on the same cores.
-SHARE = Case(layers=12, hidden=384, pairs=128, lengths="equal", chunks=(2048, 4096, 8192))
+SHARE = Case(layers=12, hidden=384, pairs=96, lengths="equal", chunks=(2048, 4096, 8192))
 QUICK = Case(pairs=16, vocabulary=500, layers=1, hidden=32, sizes=(4, 32), budgets=(512,), chunks=(256,), repeats=1)
 
 Peer = tuple[str, int]  # the keyword of the peer's loss, and its value
