@@ -120,7 +120,9 @@ class Run:
         # collective of its own.
         written = self.saving is not None and self.saving.written
         mine = [float(stop.requested), float(bad), float(code), float(lacking), self.guard.last_loss(), float(written)]
+        begin = time.perf_counter()
         stops, bad_everywhere, failed, lacking_everywhere, loss, parts = distributed.sums(mine)
+        self.meter.met += time.perf_counter() - begin
         if parts == distributed.world() or failed:
             self._settle()
         if failed:
@@ -184,7 +186,9 @@ class Run:
     def _train_on(self, batch: Batch) -> None:
         self.dog.at("step", self.step)
         lr = learning_rate(self.step, self.config.steps, self.config.warmup_steps, self.config.lr)
+        begin = time.perf_counter()
         batch = balance.deal(batch)
+        self.meter.met += time.perf_counter() - begin
         outcome = self.parts.stepper(batch, self.step, lr)
         self.dog.allow("step", 60 * self.config.step_timeout_minutes)  # the first one may have compiled
         self.step += 1
@@ -219,10 +223,12 @@ class Run:
 
     def _evaluate(self) -> None:
         self.dog.at("evaluate", self.step)
+        begin = time.monotonic()
         values = self.parts.evaluate()
+        seconds = time.monotonic() - begin
         if values:
-            self.monitor.log(self.step, values)
-        self.meter.pause()
+            self.monitor.log(self.step, values | {"perf/eval_s": seconds})
+        self.meter.pause(seconds)
 
     def _save(self, *, must: bool) -> None:
         """Begin a checkpoint, which is written beside the steps that follow. One that `must` be is waited for.
@@ -241,6 +247,7 @@ class Run:
             run_dir, state = self.config.run_dir, self._state()
             self.saving = checkpoint.Saving(run_dir, self.step, write, state, ranks=distributed.Job())
         self.stalled = time.monotonic() - self.saved_at
+        self.meter.pause(self.stalled)
         # A spike goes back to the newest checkpoint before it: which one that is must not depend on the disk's pace.
         rolls_back = self.config.spike.factor and self.config.spike.action == "rollback"
         if must or rolls_back:
@@ -272,7 +279,7 @@ class Run:
             self.monitor.log(self.step, {f"ckpt/{name}": value for name, value in values.items()})
         for text in self.mirror.news():
             self.monitor.alert("mirror", text)
-        self.meter.pause()
+        self.meter.pause(time.monotonic() - begin)
 
     def _check_lease(self) -> None:
         if not distributed.all_ok(not self.lease.lost):
