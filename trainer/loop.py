@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from data.collate import Batch, score
-from data.errors import DataError, QuintetError, Stopped, UserError
+from data.errors import DataError, QuintetError, Stopped, UserError, WatchdogError
 from trainer import balance, checkpoint, distributed, rollback, runfolder, snapshot, work
 from trainer.build import Parts, build, describe
 from trainer.checkpoint import Checkpoint, SaveError
@@ -176,7 +176,11 @@ class Run:
                 batch = score(batch, targets)
 
     def _count_bad(self, more: int) -> None:
+        before, budget = self.bad_records, self.config.max_bad_records
         self.bad_records += more
+        if before <= budget / 2 < self.bad_records <= budget:
+            what = f"{self.bad_records} damaged records left out, more than half of max_bad_records={budget}"
+            self.monitor.alert("data budget", f"{what}; the run stops at more than {budget}")
         if self.bad_records > self.config.max_bad_records:
             self._settle()
             limit = f"max_bad_records={self.config.max_bad_records}"
@@ -224,10 +228,12 @@ class Run:
     def _evaluate(self) -> None:
         self.dog.at("evaluate", self.step)
         begin = time.monotonic()
-        values = self.parts.evaluate()
+        values, examples = self.parts.evaluate()
         seconds = time.monotonic() - begin
         if values:
             self.monitor.log(self.step, values | {"perf/eval_s": seconds})
+        for name, rows in examples.items():
+            self.monitor.table(self.step, name, rows)
         self.meter.pause(seconds)
 
     def _save(self, *, must: bool) -> None:
@@ -396,8 +402,10 @@ def _open(
         attempt=identity.attempt,
         steps=config.steps,
         first_step=step,
+        tensorboard=config.tensorboard,
         rank=distributed.rank(),
     )
+    dog.last_words = lambda reason: monitor.abandon(WatchdogError.exit_code, reason)
     meter = Meter(parts.engine.device, parts.flops_per_token)
     rollbacks = distributed.on_first_rank(lambda: rollback.read(config.run_dir))
     guard = Guard(config, parts.engine, parts.order, monitor, rollbacks)
@@ -426,6 +434,7 @@ class _Ending:
         else:
             self.code, reason = (1, f"crashed: {kind.__name__}") if error else (0, "done")
         if self.run:
+            self.run.monitor.end(self.code, f"{self._config.run_dir}, step {self.run.step}: {reason}")
             self.run.monitor.finish(self.code)
         if distributed.rank() == 0:
             runfolder.finish(self._config.run_dir, self.code, reason, self.run.step if self.run else 0)
