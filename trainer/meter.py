@@ -63,13 +63,14 @@ class Meter:
         row = dict(zip(names, means, strict=False))
         row |= (times := dict(zip(_TIMES, means[len(names) :], strict=False)))
         token_count, computed, total_elapsed, retries, last_batch = totals[len(names) + len(_TIMES) :]
+        step_seconds = total_elapsed / (world * count)
         row |= {
-            "perf/other_s": total_elapsed / (world * count) - sum(times.values()) + times["perf/gather_s"],
+            "perf/other_s": step_seconds - sum(times.values()) + times["perf/gather_s"],
             "perf/samples_per_s": count * batch_size / elapsed,
             "perf/samples_per_s_per_gpu": count * batch_size / elapsed / world,
             "perf/tokens_per_s": token_count / elapsed,
-            "perf/step_s": elapsed / count,
-            "perf/data_wait_frac": times["perf/data_s"] * world * count / total_elapsed,
+            "perf/step_s": step_seconds,
+            "perf/data_wait_frac": times["perf/data_s"] / step_seconds,
             "perf/mem_gib": _peak_memory(self.device) / 2**30,
             "perf/eta_h": steps_left * elapsed / count / 3600,
             "data/padding_frac": 1 - token_count / computed,
