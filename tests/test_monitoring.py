@@ -197,6 +197,12 @@ def test_texts_go_to_wandb_when_they_are_asked_for_and_nowhere_else(runs: Path) 
         assert not [text for text in texts if text in file.read_bytes()], file
 
 
+def test_examples_are_refused_where_nothing_is_searched(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"data={runs / 'shards'}", f"run_dir={runs / 'none'}", f"model.path={runs / 'bert'}", "wandb.examples=3"]
+    assert cli.main(["teacher", *words]) == 2
+    assert "wandb.examples=3: ranking searches nothing" in capsys.readouterr().err
+
+
 def test_tensorboard_reads_the_values_of_metrics_jsonl(runs: Path) -> None:
     scalars = _scalars(runs / "pretrain/tensorboard")
     wanted: dict[str, list[tuple[int, float]]] = {}

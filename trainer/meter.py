@@ -35,6 +35,9 @@ class Meter:
     _since: float = field(default_factory=time.perf_counter)
     _last_batch: float = 0.0
 
+    def __post_init__(self) -> None:
+        _machine()  # the first answer is of no time at all
+
     def add(self, outcome: Outcome, batch: Batch) -> None:
         self._outcomes.append(outcome)
         self._last_batch = batch_hash(batch.record_ids)

@@ -198,6 +198,10 @@ def _objective_problems(config: Config) -> list[str]:
     problems, objective = [], config.objective
     if objective != "contrastive" and not config.negatives:
         problems.append(f"negatives=0: {objective} compares a positive with its hard negatives; give 1 or more")
+    if objective == "ranking" and config.wandb.examples:
+        problems.append(
+            f"wandb.examples={config.wandb.examples}: {objective} searches nothing that could be shown; set 0"
+        )
     if objective == "distillation" and not config.scores and config.missing_scores != "contrastive":
         problems.append(
             "scores: give the score cache of `quintet distill`, or train without: missing_scores=contrastive"
