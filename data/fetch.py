@@ -46,6 +46,7 @@ _PASSING = (408, 425, 429)  # too slow, too early, too many: the client errors t
 # "scheme:" at the start; a local file of such a name is written ./scheme:...
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _SHELL_WORDS = frozenset({"|", "||", "&", "&&", ";", ">", ">>", "<"})
+_retried: list[str] = []  # locations, each time that one is tried again; by several threads
 
 
 class Missing(Exception):
@@ -164,6 +165,11 @@ def locked(target: Path) -> Iterator[None]:
         yield
 
 
+def retries() -> int:
+    """How often this process has tried again so far."""
+    return len(_retried)
+
+
 def with_retries(location: str, attempt: Callable[[], Result]) -> Result:
     """What `attempt` returns, tried again after a growing pause when it fails.
 
@@ -182,6 +188,7 @@ def with_retries(location: str, attempt: Callable[[], Result]) -> Result:
             if number == ATTEMPTS:
                 raise DataError(f"{location}: gave up after {ATTEMPTS} attempts; the last one: {reason}") from None
             log.warning("%s: %s; trying again in %.0f s (%d of %d)", location, reason, wait, number, ATTEMPTS)
+            _retried.append(location)
             time.sleep(wait)
             wait *= 2
     raise AssertionError("the last attempt returns or raises")

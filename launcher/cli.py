@@ -123,6 +123,11 @@ STAGES = {
         "quintet plan --config configs/pretrain/base.yaml cluster.device=h100 cluster.gpus=[8,64] cluster.price=3",
         {"objective": "contrastive"},
     ),
+    "dashboard": Stage(
+        "trainer.dashboard",
+        "a W&B workspace with a panel for every metric of a run",
+        "quintet dashboard project=quintet group=my-experiment",
+    ),
     "search": Stage(
         "trainer.search",
         "the nearest texts for a question, in the terminal or on a local page; two models side by side",

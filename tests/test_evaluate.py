@@ -368,7 +368,7 @@ def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
 def _score_on_this_rank(folder: str, paths: list[str]) -> list[dict]:
     encode = partial(encode_texts, open_model(folder), agree_max=distributed.agree_max, tokens_per_chunk=64)
     here = retrieval.Ranks(distributed.rank(), distributed.world(), distributed.gather_rows)
-    return [retrieval.score(data, encode, Prompts(), ranks=here) for data in sets.load(paths)]
+    return [retrieval.score(data, encode, Prompts(), ranks=here, examples=7) for data in sets.load(paths)]
 
 
 def test_ranks_share_an_evaluation_and_get_what_one_process_gets(tmp_path: Path) -> None:
@@ -379,7 +379,9 @@ def test_ranks_share_an_evaluation_and_get_what_one_process_gets(tmp_path: Path)
     for together in ranks.run(_score_on_this_rank, 3, tmp_path, folder, paths):
         for mine, right in zip(together, alone, strict=True):
             assert mine.keys() == right.keys()
-            assert [mine[metric] for metric in NAMES] == pytest.approx([right[metric] for metric in NAMES])
+            named = [retrieval.named("set", result) for result in (mine, right)]
+            assert named[0] == pytest.approx(named[1])
+            assert mine["examples"] == right["examples"]
 
 
 # --- the stage -------------------------------------------------------------------------------------------------

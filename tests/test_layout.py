@@ -25,6 +25,9 @@ DOORS = {
     "torch.distributed": {"trainer/distributed.py"},
     "webdataset": {"data/shards.py"},
     "wandb": {"trainer/monitor.py"},
+    "wandb_workspaces": {"trainer/dashboard.py"},
+    "tensorboard": {"trainer/events.py"},
+    "torch.utils.tensorboard": {"trainer/events.py"},
     "omegaconf": {"launcher/config.py"},
     "faiss": {"trainer/approximate.py"},
     "starlette": {"trainer/searchpage.py"},
@@ -41,6 +44,7 @@ DISTRIBUTIONS = {
     "faiss": "faiss-cpu",
     "huggingface_hub": "huggingface-hub",
     "pytrec_eval": "pytrec-eval-terrier",
+    "wandb_workspaces": "wandb-workspaces",
     "sentence_transformers": "sentence-transformers",
     "yaml": "pyyaml",
 }

@@ -48,6 +48,16 @@ def uninterrupted(folder: Path) -> Path:
     return run_dir
 
 
+def test_two_ranks_tell_how_evenly_they_share_a_step_and_how_long_they_talk(uninterrupted: Path):
+    for row in jobs.steps(uninterrupted).values():
+        parts = [row[f"perf/{name}_s"] for name in ("data", "meet", "encode", "loss", "backward", "optimizer", "other")]
+        assert sum(parts) == pytest.approx(row["perf/step_s"])
+        assert 0 < row["perf/gather_s"] < row["perf/loss_s"]
+        assert row["perf/meet_s"] > 0
+        assert 0 <= row["data/token_spread"] < 0.2
+        assert [name for name in row if name.startswith("node/")] == ["node/0/cpu_frac", "node/0/mem_frac"]
+
+
 def kill_after(folder: Path, name: str, arguments: list[str], run_dir: Path, step: int, rank: int) -> None:
     """Start a job, kill -9 one of its ranks once it has logged a step, and see the whole job end in 15 s."""
     job = jobs.start(arguments, folder / f"{name}.log")

@@ -287,11 +287,13 @@ def test_a_damaged_shard_ends_a_strict_run_with_code_3_and_its_name(folder: Path
     assert "Traceback" not in message
 
 
-def test_a_damaged_shard_is_counted_and_passed_over_under_skip(folder: Path, tmp_path: Path):
+def test_a_damaged_shard_is_counted_and_passed_over_under_skip(folder: Path, tmp_path: Path, capsys):
     shards = damaged(folder, tmp_path)
     run_dir = tmp_path / "run"
     # 20 batches of 16 out of 300 records: every record comes, and so does every damaged one.
-    assert pretrain(folder, run_dir=run_dir, data=shards, damaged="skip", steps=20) == 0
+    assert pretrain(folder, run_dir=run_dir, data=shards, damaged="skip", steps=20, max_bad_records=40) == 0
+    (alert,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data budget: ")]
+    assert "damaged records left out, more than half of max_bad_records=40" in alert
     rows = jobs.steps(run_dir)
     assert sorted(rows) == list(range(1, 21))
     assert rows[20]["data/samples_bad"] == 32, "the block of the damaged record, and no more"

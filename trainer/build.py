@@ -24,6 +24,9 @@ from trainer.step import Stepper
 from trainer.tasks import Task, open_task
 from trainer.train import Config
 
+# Held-out metrics, and examples of what was found, by name.
+Evaluation = tuple[dict[str, float], dict[str, list[dict[str, Any]]]]
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -35,7 +38,7 @@ class Parts:
     order: Order
     tokenizer: Any
     task: Task
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[], Evaluation]
     records: int
     flops_per_token: float
 
@@ -153,8 +156,8 @@ def _flops_per_token(trained: torch.nn.Module, engine: Engine) -> float:
 
 def _evaluation(
     config: Config, engine: Engine, task: Task, tokenizer: Any, data: list[sets.RetrievalSet]
-) -> Callable[[], dict[str, float]]:
-    """What measures held-out data over all ranks, a collective: metrics by name."""
+) -> Callable[[], Evaluation]:
+    """What measures held-out data over all ranks, a collective."""
     module: Any = engine.module  # an Encoder or a CrossEncoder
     forward = partial(
         encode,
@@ -164,24 +167,23 @@ def _evaluation(
         precision=config.precision,
         agree_max=distributed.agree_max if engine.stage == 3 else None,
     )
-    if task.evaluate:
-        return partial(task.evaluate, forward)
+    if held_out := task.evaluate:
+        return lambda: (held_out(forward), {})
     cutter = TextEncoder(tokenizer, config.max_length)
     return partial(_evaluate, config, data, lambda texts: forward(cutter.encode(texts)))
 
 
-def _evaluate(config: Config, data: list[sets.RetrievalSet], embed: retrieval.Encode) -> dict[str, float]:
-    """Held-out metrics by name, over all ranks. A collective."""
+def _evaluate(config: Config, data: list[sets.RetrievalSet], embed: retrieval.Encode) -> Evaluation:
+    """Held-out metrics and examples by name, over all ranks. A collective."""
     ranks = retrieval.Ranks(distributed.rank(), distributed.world(), distributed.gather_rows)
     values: dict[str, float] = {}
+    examples: dict[str, list[dict[str, Any]]] = {}
     for held_out in data:
-        result = retrieval.score(held_out, embed, config.prompts, ranks=ranks)
-        groups = {held_out.name: result}
-        if len(result.get("by_source", {})) > 1:
-            groups |= {f"{held_out.name}/{name}": group for name, group in result["by_source"].items()}
-        for name, group in groups.items():
-            values |= {f"eval/{name}/{metric}": group[metric] for metric in retrieval.metrics.NAMES}
-    return values
+        result = retrieval.score(held_out, embed, config.prompts, ranks=ranks, examples=config.wandb.examples)
+        values |= retrieval.named(held_out.name, result)
+        if result.get("examples"):
+            examples[f"eval/{held_out.name}/examples"] = result["examples"]
+    return values, examples
 
 
 def state_bytes(parameters: int, zero_stage: int, world: int) -> float:

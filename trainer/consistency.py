@@ -322,6 +322,14 @@ def _finish(
     log.info("%d pairs kept, in %s", sum(shard.records for shard in _shards(found)), output)
 
 
+def figures(output: Path) -> dict[str, float]:
+    """What was kept, of every source and of all, by metric name."""
+    report = orjson.loads((output / REPORT).read_bytes())
+    entries = {**report["sources"], "all": report["all"]}
+    pairs = {f"filter/{name}/pairs": entry["pairs"] for name, entry in entries.items()}
+    return pairs | {f"filter/{name}/kept_frac": e["kept"] / e["pairs"] for name, e in entries.items() if e["pairs"]}
+
+
 def _shards(found: Sequence[Mapping[str, Any]]) -> list[ShardInfo]:
     """The descriptions of the shards out of the parts of facts."""
     return [

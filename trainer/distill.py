@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import DataError, UserError
 from data.settings import key
+from trainer.monitor import StageWandbConfig
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +59,7 @@ class Config:
         "strict", help="damaged shards: strict stops, skip leaves out and tells", choices=("strict", "skip")
     )
     allow_pipe: bool = key(False, help="let shard lists run commands (pipe:)")
+    wandb: StageWandbConfig = key(StageWandbConfig(), help="mirror of progress and results")
     device: str = key("auto", help="auto: CUDA when there is one", choices=("auto", "cpu", "cuda"))
 
 
@@ -115,18 +119,23 @@ def _about_the_cache(config: Config, known: ScoreCache) -> None:
 
 
 def _work(config: Config, teacher: Teacher, known: ScoreCache, device: torch.device) -> None:
+    from trainer import worklog
     from trainer.preempt import StopRequest
     from trainer.scoring import Scorer, Worker
 
+    name = f"{socket.gethostname()}-{os.getpid()}"
     scorer = Scorer(teacher, device, config.precision, config.tokens_per_chunk)
     # As rank 1 it heeds signals alone: the file STOP is for all workers, so none of them may remove it.
     with StopRequest(config.scores, rank=1) as stop:
         worker = Worker(scorer, known, stop, config.flush_pairs, config.claim_seconds, _policy(config))
         _write_about(config, teacher, known)
-        try:
-            _score_all(config, worker)
-        finally:
-            _print_tally(worker)
+        with worklog.follow(known.folder / "log" / name, "distill", name, config) as log:
+            worker.told = log.log
+            try:
+                _score_all(config, worker)
+            finally:
+                log.log(worker.figures())
+                _print_tally(worker)
 
 
 def _score_all(config: Config, worker: Worker) -> None:

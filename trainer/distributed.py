@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from datetime import timedelta
@@ -22,11 +23,13 @@ from torch import Tensor
 
 from data.errors import QuintetError, UserError
 from trainer import watchdog
+from trainer.clock import Mark, mark
 
 Result = TypeVar("Result")
 
 START_SECONDS = 120.0  # for the ranks to find each other
 _store: dist.Store | None = None  # of the job's process group
+_gathers: deque[tuple[Mark, Mark]] = deque(maxlen=1024)  # when rows were gathered, and their gradients sent back
 
 
 @dataclass(frozen=True)
@@ -207,17 +210,28 @@ class _GatherRows(torch.autograd.Function):
         return owned
 
 
+def take_gathers() -> list[tuple[Mark, Mark]]:
+    """Begin and end of every exchange by `gather_rows`, backwards included, since the last call. Local."""
+    taken = list(_gathers)
+    _gathers.clear()
+    return taken
+
+
 def _all_gather(rows: Tensor) -> Tensor:
+    begin = mark(rows.device)
     stacked = rows.new_empty(world() * len(rows), *rows.shape[1:])
     # torch 2.13 renames the flat collectives and warns for the old names; the lower bound 2.10 has only the old.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(stacked, rows.detach().contiguous())
+    _gathers.append((begin, mark(rows.device)))
     return stacked
 
 
 def _reduce_scatter(owned: Tensor, grad: Tensor) -> None:
+    begin = mark(grad.device)
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     scatter(owned, grad)
+    _gathers.append((begin, mark(grad.device)))
 
 
 def deal_rows(rows: Tensor, out: list[int], into: list[int]) -> Tensor:

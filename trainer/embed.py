@@ -294,6 +294,19 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
+_listeners: list[Callable[[str, Rate], object]] = []
+
+
+@contextmanager
+def listening(told: Callable[[str, Rate], object]) -> Iterator[None]:
+    """Tell of every bar inside, now and then and at its end: what it counts, and how far it is."""
+    _listeners.append(told)
+    try:
+        yield
+    finally:
+        _listeners.remove(told)
+
+
 @contextmanager
 def progress_bar(total: int, what: str) -> Iterator[Progress]:
     """Show how many of `total` are done, at what rate, and the time left.
@@ -315,9 +328,14 @@ def progress_bar(total: int, what: str) -> Iterator[Progress]:
             nonlocal last
             rate.add(texts, tokens)
             bars.update(task, advance=texts, rate=str(rate))
-            if not console.is_terminal and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                log.info("%s: %s of %s, %s", what, f"{rate.done:,.0f}", f"{total:,}", rate)
+                if not console.is_terminal:
+                    log.info("%s: %s of %s, %s", what, f"{rate.done:,.0f}", f"{total:,}", rate)
+                for told in _listeners:
+                    told(what, rate)
 
         yield advance
     log.info("%s: %s in %.1f s, %s", what, f"{total:,}", rate.seconds, rate)
+    for told in _listeners:
+        told(what, rate)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import UserError
 from data.settings import key
+from trainer.monitor import StageWandbConfig
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,7 @@ class Config:
     )
     precision: str = key("fp32", help="matrix products", choices=("fp32", "bf16"))
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    wandb: StageWandbConfig = key(StageWandbConfig(), help="mirror of the results")
 
 
 def run(config: Config) -> None:
@@ -86,7 +88,20 @@ def run(config: Config) -> None:
         results[data.name] = found | ({"bm25": retrieval.score_bm25(data)} if config.bm25 else {})
     notes = [note for data in data_sets for note in data.notes]
     _write(Path(config.output), results, _about(config, model, device, notes, time.perf_counter() - begin))
+    _tell(config, results)
     _print_table(results, model.name)
+
+
+def _tell(config: Config, results: dict[str, Result]) -> None:
+    """Leave the results as metrics, beside the results."""
+    from trainer import retrieval, worklog
+
+    folder = _file(config.output).with_suffix(".log")
+    with worklog.follow(folder, "evaluate", folder.absolute().parent.name, config) as log:
+        for data, result in results.items():
+            beside = {f"{data}/{scorer}": result[scorer] for scorer in ("bm25", "reranked") if scorer in result}
+            for name, scores in {data: result, **beside}.items():
+                log.log(retrieval.named(name, scores))
 
 
 def _with_prompts(model: Model, prompts: PromptOverride) -> Model:
@@ -149,10 +164,15 @@ def _about(config: Config, model: Model, device: torch.device, notes: list[str],
     }
 
 
+def _file(output: str | Path) -> Path:
+    """Where the results go."""
+    return Path(output) if Path(output).suffix == ".json" else Path(output) / "results.json"
+
+
 def _write(output: Path, results: dict[str, Result], about: dict[str, Any]) -> None:
     from trainer.runfolder import write_json
 
-    file = output if output.suffix == ".json" else output / "results.json"
+    file = _file(output)
     beside = file.with_name("evaluation.json" if file.stem == "results" else f"{file.stem}.evaluation.json")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

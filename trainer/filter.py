@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from data.settings import key
+from trainer.monitor import StageWandbConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Config:
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
     damaged: str = key("strict", help="damaged shards: strict stops, skip counts", choices=("strict", "skip"))
     allow_pipe: bool = key(False, help="let shard lists run commands (pipe:)")
+    wandb: StageWandbConfig = key(StageWandbConfig(), help="mirror of progress and results")
     overwrite: bool = key(False, help="replace an output that an earlier filter wrote")
 
     def check(self) -> list[str]:
@@ -56,4 +58,4 @@ def run(config: Config) -> None:
     """
     from trainer import consistency, work
 
-    work.carry_out(config, consistency.open_judge, consistency.begin, consistency.filter_pairs)
+    work.carry_out(config, consistency.open_judge, consistency.begin, consistency.filter_pairs, consistency.figures)

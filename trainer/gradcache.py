@@ -8,7 +8,6 @@ budget keep their graph from the first pass; only the rest are run again, with t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data.tokens import Ragged
+from trainer.clock import CPU, Mark, mark, seconds_between
 
 Rows = np.ndarray  # the numbers of a chunk's rows; an empty chunk takes part in a collective forward only
 
@@ -56,11 +56,27 @@ def flat(tokens: Ragged, rows: Rows) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where a step's time went: first pass, loss with its collectives, backward with its replays."""
+    """Where a step's time went, by the marks between its parts."""
 
-    encode: float
-    loss: float
-    backward: float
+    begun: Mark
+    encoded: Mark
+    scored: Mark
+    ended: Mark
+
+    @property
+    def encode(self) -> float:
+        """Of the first pass."""
+        return seconds_between(self.begun, self.encoded)
+
+    @property
+    def loss(self) -> float:
+        """Of the loss with its collectives, and of its gradient at the embeddings."""
+        return seconds_between(self.encoded, self.scored)
+
+    @property
+    def backward(self) -> float:
+        """Of the backward passes through the encoder, replays included."""
+        return seconds_between(self.scored, self.ended)
 
 
 def forward_backward(
@@ -71,6 +87,7 @@ def forward_backward(
     backward: Callable[[Tensor], object],
     *,
     seed: int,
+    device: torch.device = CPU,
 ) -> tuple[Any, Seconds]:
     """Run one step's forward and backward; parameter gradients are left where `backward` puts them.
 
@@ -81,26 +98,27 @@ def forward_backward(
         objective: embeddings of all rows [n, D] -> (scalar loss, figures for the log).
         backward: called with a scalar per chunk whose gradient is the chunk's share of the loss's.
         seed: of this step and rank; chunk i draws its dropout from (seed, i), so a replay draws the same.
+        device: whose time is taken.
 
     Returns:
         The objective's figures, and the time split.
     """
-    begin = time.perf_counter()
+    begun = mark(device)
     graphs, embeddings = _first_pass(embed, chunks, keep, seed)
-    encoded = time.perf_counter()
+    encoded = mark(device)
     loss, figures = objective(embeddings.requires_grad_())
     (gradient,) = torch.autograd.grad(loss, embeddings)
     # A loss that is not finite may have a gradient that is. Times 1, or NaN: so all ranks find that the gradient's norm
     # is not finite and leave the step out, without reading the loss on the host or asking each other.
     gradient *= 1 + 0 * loss.detach()
-    scored = time.perf_counter()
+    scored = mark(device)
     for number, rows in enumerate(chunks):
         output = graphs[number]
         graphs[number] = None  # freed by its own backward, before the next chunk needs memory
         if output is None:
             output = _embed(embed, rows, seed, number)
         backward(_surrogate(output, gradient, rows))
-    return figures, Seconds(encoded - begin, scored - encoded, time.perf_counter() - scored)
+    return figures, Seconds(begun, encoded, scored, mark(device))
 
 
 def _first_pass(

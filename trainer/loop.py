@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from data.collate import Batch, score
-from data.errors import DataError, QuintetError, Stopped, UserError
+from data.errors import DataError, QuintetError, Stopped, UserError, WatchdogError
 from trainer import balance, checkpoint, distributed, rollback, runfolder, snapshot, work
 from trainer.build import Parts, build, describe
 from trainer.checkpoint import Checkpoint, SaveError
@@ -119,7 +119,9 @@ class Run:
         # collective of its own.
         written = self.saving is not None and self.saving.written
         mine = [float(stop.requested), float(bad), float(code), float(lacking), self.guard.last_loss(), float(written)]
+        begin = time.perf_counter()
         stops, bad_everywhere, failed, lacking_everywhere, loss, parts = distributed.sums(mine)
+        self.meter.met += time.perf_counter() - begin
         if parts == distributed.world() or failed:
             self._settle()
         if failed:
@@ -173,7 +175,11 @@ class Run:
                 batch = score(batch, targets)
 
     def _count_bad(self, more: int) -> None:
+        before, budget = self.bad_records, self.config.max_bad_records
         self.bad_records += more
+        if before <= budget / 2 < self.bad_records <= budget:
+            what = f"{self.bad_records} damaged records left out, more than half of max_bad_records={budget}"
+            self.monitor.alert("data budget", f"{what}; the run stops at more than {budget}")
         if self.bad_records > self.config.max_bad_records:
             self._settle()
             limit = f"max_bad_records={self.config.max_bad_records}"
@@ -183,7 +189,9 @@ class Run:
     def _train_on(self, batch: Batch) -> None:
         self.dog.at("step", self.step)
         lr = learning_rate(self.step, self.config.steps, self.config.warmup_steps, self.config.lr)
+        begin = time.perf_counter()
         batch = balance.deal(batch)
+        self.meter.met += time.perf_counter() - begin
         outcome = self.parts.stepper(batch, self.step, lr)
         self.dog.allow("step", 60 * self.config.step_timeout_minutes)  # the first one may have compiled
         self.step += 1
@@ -218,10 +226,14 @@ class Run:
 
     def _evaluate(self) -> None:
         self.dog.at("evaluate", self.step)
-        values = self.parts.evaluate()
+        begin = time.monotonic()
+        values, examples = self.parts.evaluate()
+        seconds = time.monotonic() - begin
         if values:
-            self.monitor.log(self.step, values)
-        self.meter.pause()
+            self.monitor.log(self.step, values | {"perf/eval_s": seconds})
+        for name, rows in examples.items():
+            self.monitor.table(self.step, name, rows)
+        self.meter.pause(seconds)
 
     def _save(self, *, must: bool) -> None:
         """Begin a checkpoint, which is written beside the steps that follow. One that `must` be is waited for.
@@ -240,6 +252,7 @@ class Run:
             run_dir, state = self.config.run_dir, self._state()
             self.saving = checkpoint.Saving(run_dir, self.step, write, state, ranks=distributed.Job())
         self.stalled = time.monotonic() - self.saved_at
+        self.meter.pause(self.stalled)
         # A spike goes back to the newest checkpoint before it: which one that is must not depend on the disk's pace.
         rolls_back = self.config.spike.factor and self.config.spike.action == "rollback"
         if must or rolls_back:
@@ -271,7 +284,7 @@ class Run:
             self.monitor.log(self.step, {f"ckpt/{name}": value for name, value in values.items()})
         for text in self.mirror.news():
             self.monitor.alert("mirror", text)
-        self.meter.pause()
+        self.meter.pause(time.monotonic() - begin)
 
     def _check_lease(self) -> None:
         if not distributed.all_ok(not self.lease.lost):
@@ -388,8 +401,10 @@ def _open(
         attempt=identity.attempt,
         steps=config.steps,
         first_step=step,
+        tensorboard=config.tensorboard,
         rank=distributed.rank(),
     )
+    dog.last_words = lambda reason: monitor.abandon(WatchdogError.exit_code, reason)
     meter = Meter(parts.engine.device, parts.flops_per_token)
     rollbacks = distributed.on_first_rank(lambda: rollback.read(config.run_dir))
     guard = Guard(config, parts.engine, parts.order, monitor, rollbacks)
@@ -418,6 +433,7 @@ class _Ending:
         else:
             self.code, reason = (1, f"crashed: {kind.__name__}") if error else (0, "done")
         if self.run:
+            self.run.monitor.end(self.code, f"{self._config.run_dir}, step {self.run.step}: {reason}")
             self.run.monitor.finish(self.code)
         if distributed.rank() == 0:
             runfolder.finish(self._config.run_dir, self.code, reason, self.run.step if self.run else 0)

@@ -8,8 +8,10 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+import psutil
 import torch
 
+from data import fetch
 from data.collate import Batch
 from trainer import cards, distributed
 from trainer.step import Outcome
@@ -21,23 +23,30 @@ class Meter:
 
     flops_per_token: arithmetic of forward and backward of one token, without replays: 6 x the parameters that take
     part in matrix products (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+    waited, met: seconds in which there was no batch, and in which the other ranks were waited for before a step.
     """
 
     device: torch.device
     flops_per_token: float
     waited: float = 0.0
+    met: float = 0.0
+    away: float = field(default_factory=lambda: _age())  # of the seconds of this process, those not in steps
     _outcomes: list[Outcome] = field(default_factory=list)
     _since: float = field(default_factory=time.perf_counter)
     _last_batch: float = 0.0
+
+    def __post_init__(self) -> None:
+        _machine()  # the first answer is of no time at all
 
     def add(self, outcome: Outcome, batch: Batch) -> None:
         self._outcomes.append(outcome)
         self._last_batch = batch_hash(batch.record_ids)
 
-    def pause(self) -> None:
-        """Forget the time since the last log line: it held a save or an evaluation."""
+    def pause(self, seconds: float = 0.0) -> None:
+        """Forget the time since the last log line: it held a save or an evaluation, which took so many seconds."""
+        self.away += seconds
         self._since = time.perf_counter()
-        self.waited = 0.0
+        self.waited = self.met = 0.0
         self._outcomes.clear()
 
     def take(self, batch_size: int, steps_left: int) -> dict[str, float]:
@@ -48,28 +57,32 @@ class Meter:
         count, elapsed = len(outcomes), time.perf_counter() - self._since
         names = list(outcomes[0].figures)
         figures = [float(sum(outcome.figures[name].item() for outcome in outcomes)) for name in names]
-        seconds = [
-            sum(getattr(outcome.seconds, part) for outcome in outcomes) for part in ("encode", "loss", "backward")
-        ]
-        seconds.append(sum(outcome.optimizer_seconds for outcome in outcomes))
+        seconds = [self.waited, self.met, *(sum(_seconds(o)[part] for o in outcomes) for part in range(len(_PARTS)))]
         tokens = [float(sum(o.tokens for o in outcomes)), float(sum(o.computed_tokens for o in outcomes))]
-        totals = distributed.sums([*figures, *seconds, *tokens, self.waited, elapsed, self._last_batch])
-        *totals, last_batch = totals
+        mine = [*figures, *seconds, *tokens, elapsed, float(fetch.retries()), self._last_batch]
+        totals = distributed.sums([*mine, *_in_own_place([float(outcomes[-1].tokens), *_machine()])])
+        totals, places = totals[: len(mine)], totals[len(mine) :]
         means = [total / (world * count) for total in totals]
         row = dict(zip(names, means, strict=False))
-        row |= dict(zip(_TIMES, means[len(names) :], strict=False))
-        token_count, computed, waited, total_elapsed = totals[len(names) + len(_TIMES) :]
+        row |= (times := dict(zip(_TIMES, means[len(names) :], strict=False)))
+        token_count, computed, total_elapsed, retries, last_batch = totals[len(names) + len(_TIMES) :]
+        step_seconds = total_elapsed / (world * count)
         row |= {
+            "perf/other_s": step_seconds - sum(times.values()) + times["perf/gather_s"],
             "perf/samples_per_s": count * batch_size / elapsed,
             "perf/samples_per_s_per_gpu": count * batch_size / elapsed / world,
             "perf/tokens_per_s": token_count / elapsed,
-            "perf/step_s": elapsed / count,
-            "perf/data_wait_frac": waited / total_elapsed,
+            "perf/step_s": step_seconds,
+            "perf/data_wait_frac": times["perf/data_s"] / step_seconds,
             "perf/mem_gib": _peak_memory(self.device) / 2**30,
             "perf/eta_h": steps_left * elapsed / count / 3600,
             "data/padding_frac": 1 - token_count / computed,
+            "data/token_spread": _spread(places[0::3]),
+            "data/retries": retries,
             "data/batch_hash": last_batch,
+            "run/goodput": 1 - self.away / _age(),
         }
+        row |= _nodes(places[1::3], places[2::3])
         peak = peak_flops(self.device)
         if peak:
             row["perf/mfu"] = self.flops_per_token * token_count / elapsed / (peak * world)
@@ -88,7 +101,50 @@ def batch_hash(record_ids: np.ndarray) -> float:
     return float((mixed >> np.uint64(32)).sum())
 
 
-_TIMES = ("perf/encode_s", "perf/loss_s", "perf/backward_s", "perf/optimizer_s")
+# What a step consists of, in order; the gather is a part of the loss.
+_PARTS = ("perf/encode_s", "perf/loss_s", "perf/gather_s", "perf/backward_s", "perf/optimizer_s")
+_TIMES = ("perf/data_s", "perf/meet_s", *_PARTS)
+
+
+def _seconds(outcome: Outcome) -> tuple[float, ...]:
+    """Those of _PARTS in one step of this rank."""
+    seconds = outcome.seconds
+    return seconds.encode, seconds.loss, outcome.gather_seconds, seconds.backward, outcome.optimizer_seconds
+
+
+def _age() -> float:
+    """Seconds since this process began."""
+    return time.time() - psutil.Process().create_time()
+
+
+def _in_own_place(values: list[float]) -> list[float]:
+    """The values at this rank's place among zeros: summed over ranks, they are those of every rank side by side."""
+    rank, count = distributed.rank(), len(values)
+    return [0.0] * (rank * count) + values + [0.0] * ((distributed.world() - rank - 1) * count)
+
+
+def _machine() -> list[float]:
+    """This machine's busy share of its cores since the last call, and the share of its memory in use.
+
+    0 from all ranks of a machine but the first, who speaks for it.
+    """
+    if distributed.place().local_rank:
+        return [0.0, 0.0]
+    return [psutil.cpu_percent(interval=None) / 100, psutil.virtual_memory().percent / 100]
+
+
+def _nodes(busy: list[float], memory: list[float]) -> dict[str, float]:
+    """Metrics of every machine, numbered by its lowest rank: those that have spoken are those with memory in use."""
+    machines = [(cpu, used) for cpu, used in zip(busy, memory, strict=True) if used]
+    row: dict[str, float] = {}
+    for number, (cpu, used) in enumerate(machines):
+        row |= {f"node/{number}/cpu_frac": cpu, f"node/{number}/mem_frac": used}
+    return row
+
+
+def _spread(tokens: list[float]) -> float:
+    """How much more than the mean the rank with the most has."""
+    return max(tokens) * len(tokens) / sum(tokens) - 1
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from data.settings import key
+from trainer.monitor import StageWandbConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class Config:
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
     damaged: str = key("strict", help="damaged shards: strict stops, skip counts", choices=("strict", "skip"))
     allow_pipe: bool = key(False, help="let shard lists run commands (pipe:)")
+    wandb: StageWandbConfig = key(StageWandbConfig(), help="mirror of progress and results")
     overwrite: bool = key(False, help="replace an output that an earlier mine wrote")
 
     def check(self) -> list[str]:
@@ -89,4 +91,4 @@ def run(config: Config) -> None:
     """
     from trainer import minework, work
 
-    work.carry_out(config, minework.open_task, minework.begin, minework.mine)
+    work.carry_out(config, minework.open_task, minework.begin, minework.mine, minework.figures)

@@ -43,6 +43,7 @@ _NOT_PLANNED = (
     "precision",
     "device",
     "allow_pipe",
+    "wandb",
     "overwrite",
 )
 
@@ -141,6 +142,16 @@ def mine(task: Task, parts: Parts, output: Path) -> None:
         print(minereport.table_of(sources))
 
     distributed.on_first_rank(finish)
+
+
+def figures(output: Path) -> dict[str, float]:
+    """What every source got, by metric name."""
+    values = {
+        f"mine/{name}/{fact}": facts[fact]
+        for name, facts in orjson.loads((output / REPORT).read_bytes())["sources"].items()
+        for fact in ("records", "short", "positive_first")
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _miner(task: Task, parts: Parts, passages: Passages, vectors: Vectors) -> Miner:

@@ -15,14 +15,19 @@ log = logging.getLogger("quintet")
 class Mirror:
     """Calls to a run elsewhere, made by a thread, so that no error, stall or dead helper reaches the training loop.
 
-    `open_run` is called in that thread and returns an object with log, alert, finish(exit_code) and `hint`, a last
-    word for the reader. `abandon` is called when it does not come to an end: it makes the call that hangs fail.
+    `open_run` is called in that thread and returns an object with log, table, alert, finish(exit_code) and `hint`, a
+    last word for the reader. `abandon` is called when it does not come to an end: it makes the call that hangs fail.
     """
 
     def __init__(
-        self, open_run: Callable[[], Any], *, abandon: Callable[[], None] = lambda: None, queue_size: int = 10_000
+        self,
+        open_run: Callable[[], Any],
+        *,
+        name: str = "W&B",
+        abandon: Callable[[], None] = lambda: None,
+        queue_size: int = 10_000,
     ) -> None:
-        self._open_run = open_run
+        self._open_run, self._name = open_run, name
         self._abandon = abandon
         self._calls: queue.Queue[tuple[str, Callable[[Any], object]] | None] = queue.Queue(queue_size)
         self._off = False
@@ -47,12 +52,12 @@ class Mirror:
         """Let the queue drain and the run end, for at most `limit_seconds` and a few more for cleaning up."""
         self._exit_code = exit_code
         if not self._join(limit_seconds):
-            log.warning("W&B did not finish within %g s; metrics.jsonl has everything", limit_seconds)
+            log.warning("%s did not finish within %g s; metrics.jsonl has everything", self._name, limit_seconds)
             self._off = True
             self._abandon()
             self._join(5.0)
         if self._lost:
-            log.warning("W&B missed %d calls; metrics.jsonl has everything", self._lost)
+            log.warning("%s missed %d calls; metrics.jsonl has everything", self._name, self._lost)
         if self._hint:
             log.info(self._hint)
 
@@ -100,7 +105,7 @@ class Mirror:
     def _switch_off(self, what: str, error: Exception) -> None:
         if not self._off:
             self._off = True
-            log.warning("W&B is off from here (%s: %s); metrics.jsonl goes on", what, one_line(error))
+            log.warning("%s is off from here (%s: %s); metrics.jsonl goes on", self._name, what, one_line(error))
 
 
 def one_line(error: Exception) -> str:

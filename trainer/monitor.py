@@ -1,8 +1,8 @@
-"""What a run says about itself: metrics.jsonl (the record), W&B (its mirror), and lines or a bar for the reader.
+"""What a run says about itself: metrics.jsonl (the record), W&B and TensorBoard (its mirrors), and lines to read.
 
-The record is written first, by rank 0. The mirror can neither stop nor slow a run: its calls wait in a bounded queue
+The record is written first, by rank 0. A mirror can neither stop nor slow a run: its calls wait in a bounded queue
 for a thread of their own, and after a few errors it is switched off with one warning. Only numbers, names and the
-public configuration ever leave; no text of the data does. The only door to wandb.
+public configuration ever leave; no text of the data does, but for examples that were asked for. The only door to wandb.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 from data.errors import Stopped
 from data.settings import key
+from trainer.events import EventFile
 from trainer.journal import Journal
 from trainer.mirror import Mirror, one_line
 
@@ -61,10 +62,15 @@ METRICS: dict[str, Metric] = {
     "perf/tokens_per_s": Metric("token/s", "tokens a second over all ranks, without padding"),
     "perf/step_s": Metric("s", "mean time of a step"),
     "perf/data_wait_frac": Metric("frac", "share of the time spent waiting for batches"),
+    "perf/data_s": Metric("s", "time of a step in which there was no batch"),
+    "perf/meet_s": Metric("s", "time of a step in which ranks wait for each other before it and deal the batch"),
     "perf/encode_s": Metric("s", "time of a step in the forward passes of the encoder"),
     "perf/loss_s": Metric("s", "time of a step in the loss and its gradients"),
+    "perf/gather_s": Metric("s", "the part of it in which ranks exchange embeddings and their gradients"),
     "perf/backward_s": Metric("s", "time of a step in backward passes and replays"),
     "perf/optimizer_s": Metric("s", "time of a step in gradient reduction and the optimizer"),
+    "perf/other_s": Metric("s", "time of a step outside of these parts"),
+    "perf/eval_s": Metric("s", "time of an evaluation"),
     "perf/mfu": Metric("frac", "useful arithmetic as a share of the device's peak"),
     "perf/mem_gib": Metric("GiB", "peak memory of a rank"),
     "perf/eta_h": Metric("h", "time to the last step at the present rate"),
@@ -73,6 +79,8 @@ METRICS: dict[str, Metric] = {
     "data/samples_unscored": Metric("sample", "pairs trained without scores that a teacher should have given"),
     "data/scored_frac": Metric("frac", "pairs with scores of the teacher for all their passages"),
     "data/padding_frac": Metric("frac", "share of padding among the tokens computed"),
+    "data/token_spread": Metric("frac", "tokens of the rank that had most in the last step, above the mean"),
+    "data/retries": Metric("1", "times that a store was asked again in this start, over all ranks"),
     "ckpt/save_s": Metric("s", "time from the beginning of a save until the checkpoint is complete"),
     "ckpt/stall_s": Metric("s", "the part of it in which no step was taken"),
     "ckpt/bytes": Metric("byte", "size of the checkpoint"),
@@ -87,7 +95,22 @@ METRICS: dict[str, Metric] = {
     "eval/*/accuracy_at_1": Metric("frac", "queries whose best answer is relevant"),
     "run/attempt": Metric("1", "how many times the run was started; marks steps repeated after a restart"),
     "run/restarts": Metric("1", "starts after the first"),
+    "run/goodput": Metric("frac", "share of the time since this start that went into steps"),
     "run/time": Metric("s", "wall clock, seconds since 1970"),
+    "node/*/cpu_frac": Metric("frac", "busy share of a machine's cores; machines are numbered by their lowest rank"),
+    "node/*/mem_frac": Metric("frac", "share of its memory in use"),
+    "work/seconds": Metric("s", "time since this start, the axis of the stages that take no steps"),
+    "work/*/done": Metric("1", "texts, pairs or records that rank 0 is done with, by the phase of a stage"),
+    "work/*/per_s": Metric("1/s", "how many in a second, on rank 0"),
+    "distill/pairs": Metric("pair", "pairs that a worker has met in this start"),
+    "distill/found": Metric("pair", "those of them that had a score"),
+    "distill/scored": Metric("pair", "those that it has scored"),
+    "distill/pairs_per_s": Metric("pair/s", "scores a second"),
+    "filter/*/pairs": Metric("pair", "pairs that were judged, of a source or of all"),
+    "filter/*/kept_frac": Metric("frac", "share of them that is kept"),
+    "mine/*/records": Metric("record", "records of a source"),
+    "mine/*/short": Metric("record", "those for which too few negatives were found"),
+    "mine/*/positive_first": Metric("frac", "those whose own passage scored above all others but known answers"),
 }
 
 
@@ -98,7 +121,7 @@ def registered(name: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WandbConfig:
+class WandbPlace:
     """Where the curves are mirrored. The key comes from WANDB_API_KEY or `wandb login`, never from here."""
 
     mode: str = key(
@@ -113,13 +136,33 @@ class WandbConfig:
     tags: list[str] = key([], help="tags of the run")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageWandbConfig(WandbPlace):
+    """Of a stage that takes no training steps: it is mirrored when that is asked for."""
+
+    mode: str = key(
+        "disabled",
+        help="auto: online when a key is there and the server answers, else offline",
+        choices=("auto", "online", "offline", "disabled"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig(WandbPlace):
+    """Of a training."""
+
+    examples: int = key(
+        0, help="held-out queries of a set shown with what they found: the only texts that are sent; 0: none", low=0
+    )
+
+
 class Monitor:
-    """The three outlets behind one call. On ranks other than 0 every method does nothing."""
+    """All outlets behind one call. On ranks other than 0 every method does nothing."""
 
     def __init__(
         self,
         run_dir: str | Path,
-        wandb: WandbConfig,
+        wandb: WandbPlace,
         *,
         config: Mapping[str, Any],
         job_type: str,
@@ -127,6 +170,9 @@ class Monitor:
         attempt: int = 1,
         steps: int,
         first_step: int = 0,
+        tensorboard: bool = False,
+        axis: str = "train/step",
+        console: bool = True,
         rank: int = 0,
     ) -> None:
         """Args:
@@ -134,54 +180,84 @@ class Monitor:
         job_type: the stage, such as `pretrain`.
         run_id, attempt: who the run is and the how-manieth start this is (runfolder.begin).
         steps, first_step: where the bar ends and where this attempt begins.
+        tensorboard: mirror the curves to run_dir/tensorboard too.
+        axis: the metric that `log` gives a place to; console: whether lines or a bar are shown.
         """
         self._rank = rank
         if rank:
             return
         self._attempt = attempt
         self._journal = Journal(Path(run_dir) / "metrics.jsonl")
-        self._console = Console(job_type, steps, first_step)
-        self._mirror: Mirror | None = None
+        self._console = Console(job_type, steps, first_step) if console else None
+        self._axis = axis
+        self._mirrors: list[Mirror] = []
+        folder = Path(run_dir).resolve()
         if not _disabled(wandb):
             given = {"id": run_id, "job_type": job_type, "config": {**redacted(config), "attempt": attempt}}
-            folder = Path(run_dir).resolve()
-            self._mirror = Mirror(lambda: WandbRun(folder, wandb, given), abandon=_end_helpers)
+            self._mirrors.append(Mirror(lambda: WandbRun(folder, wandb, given, axis), abandon=_end_helpers))
+        if tensorboard:
+            self._mirrors.append(Mirror(lambda: EventFile(folder, first_step), name="TensorBoard"))
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record one logged step: one line of metrics.jsonl, its mirror, and a line (or the bar's text) to read."""
+    def log(self, step: float, values: Mapping[str, float]) -> None:
+        """Record a logged step, or moment: a line of metrics.jsonl, its mirrors, and a line or a bar's text."""
         if self._rank:
             return
         unknown = [name for name in values if not registered(name)]
         assert not unknown, f"not in METRICS: {unknown}"
-        row = {"train/step": step, **{name: _number(value) for name, value in values.items()}}
+        row = {self._axis: step, **{name: _number(value) for name, value in values.items()}}
         row |= {"run/attempt": self._attempt, "run/restarts": self._attempt - 1, "run/time": time.time()}
         self._journal.write(row)
         self._send("logging", lambda run: run.log(row))
-        self._console.show(step, row)
+        if self._console:
+            self._console.show(int(step), row)
 
     def tick(self, step: int) -> None:
         """Move the bar; cheap enough for every step."""
-        if not self._rank:
+        if not self._rank and self._console:
             self._console.tick(step)
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show rows of one kind, texts included, in W&B. No other outlet gets them."""
+        if not self._rank:
+            self._send("a table", lambda run: run.table(step, name, rows))
 
     def alert(self, title: str, text: str) -> None:
         """Tell about trouble that does not end the run: a warning in the log, an alert in W&B."""
         if not self._rank:
             log.warning("%s: %s", title, text)
-            self._send("an alert", lambda run: run.alert(title, text))
+            self._send("an alert", lambda run: run.alert(title, text, "WARN"))
 
-    def finish(self, exit_code: int, *, limit_seconds: float = 30.0) -> None:
-        """Close all outlets. The mirror gets `limit_seconds` to send what it holds; what it could not stays on disk."""
+    def end(self, exit_code: int, reason: str) -> None:
+        """Alert W&B to how the run ends; the command line itself says what went wrong."""
         if self._rank:
             return
-        self._console.close()
+        titles = {0: ("finished", "INFO"), Stopped.exit_code: ("stopped", "INFO")}
+        title, level = titles.get(exit_code, (f"failed with {exit_code}", "ERROR"))
+        if not exit_code and self._console:
+            log.info("%s: %s", title, reason)
+        self._send("an alert", lambda run: run.alert(title, reason, level))
+
+    def abandon(self, exit_code: int, reason: str, limit_seconds: float = 3.0) -> None:
+        """Send what can be sent before a process ends that hangs; called by another thread than the one that hangs."""
+        if self._rank:
+            return
+        self._send("an alert", lambda run: run.alert("stalled", reason, "ERROR"))
+        for mirror in self._mirrors:
+            mirror.finish(exit_code, limit_seconds)
+
+    def finish(self, exit_code: int, *, limit_seconds: float = 30.0) -> None:
+        """Close all outlets. A mirror gets `limit_seconds` to send what it holds; what it could not stays on disk."""
+        if self._rank:
+            return
+        if self._console:
+            self._console.close()
         self._journal.close()
-        if self._mirror:
-            self._mirror.finish(exit_code, limit_seconds)
+        for mirror in self._mirrors:
+            mirror.finish(exit_code, limit_seconds)
 
     def _send(self, what: str, call: Callable[[Any], object]) -> None:
-        if self._mirror:
-            self._mirror.send(what, call)
+        for mirror in self._mirrors:
+            mirror.send(what, call)
 
 
 def _number(value: Any) -> float | int:
@@ -194,7 +270,7 @@ def _number(value: Any) -> float | int:
 class WandbRun:
     """A run of wandb, online when that was asked for or is possible, else offline. All its calls may fail or block."""
 
-    def __init__(self, run_dir: Path, config: WandbConfig, given: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, config: WandbPlace, given: Mapping[str, Any], axis: str) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else wandb calls home, even when offline
         mode = _resolve_mode(config.mode)
         try:
@@ -214,17 +290,24 @@ class WandbRun:
         else:
             self.hint = f"W&B: {self._run.url}"
             log.info(self.hint)
-        self._run.define_metric("train/step", hidden=True)
+        self._run.define_metric(axis, hidden=True)
         for prefix in sorted({name.partition("/")[0] for name in METRICS}):
             best = {"summary": "last,max"} if prefix == "eval" else {}
-            self._run.define_metric(f"{prefix}/*", step_metric="train/step", **best)
+            self._run.define_metric(f"{prefix}/*", step_metric=axis, **best)
 
     def log(self, row: Mapping[str, float]) -> None:
         # No step is passed: W&B drops what goes back, and after a restart steps do; the axis is train/step.
         self._run.log(dict(row))
 
-    def alert(self, title: str, text: str) -> None:
-        self._run.alert(title=title, text=text, level="WARN")
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        columns: list[Any] = list(rows[0])
+        made = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+        self._run.log({name: made, "train/step": step})
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self._run.alert(title=title, text=text, level=level)
 
     def finish(self, exit_code: int) -> None:
         try:
@@ -243,7 +326,7 @@ def _forget(exit_code: int = 1) -> None:
         wandb.teardown(exit_code)
 
 
-def _init(run_dir: Path, config: WandbConfig, given: Mapping[str, Any], mode: str) -> Any:
+def _init(run_dir: Path, config: WandbPlace, given: Mapping[str, Any], mode: str) -> Any:
     import wandb
 
     settings = wandb.Settings(
@@ -269,7 +352,7 @@ def _init(run_dir: Path, config: WandbConfig, given: Mapping[str, Any], mode: st
     )
 
 
-def _disabled(config: WandbConfig) -> bool:
+def _disabled(config: WandbPlace) -> bool:
     return config.mode == "disabled" or (config.mode == "auto" and os.environ.get("WANDB_MODE") == "disabled")
 
 
@@ -296,6 +379,13 @@ def server() -> tuple[str, bool]:
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     return settings.base_url, bool(settings.api_key) or _has_key(settings.base_url)
+
+
+def own_entity() -> str:
+    """The user or team that runs go to when none is named, as the server says."""
+    import wandb
+
+    return str(wandb.Api().default_entity)
 
 
 def _has_key(base_url: str) -> bool:

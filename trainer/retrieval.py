@@ -19,6 +19,8 @@ from trainer.topk import top_k
 Encode = Callable[[Sequence[str]], Tensor]  # n texts, prompts included -> [n, D] on the host
 Result = dict[str, Any]  # one entry of results.json
 
+_SHOWN = 3  # passages of an example
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -51,6 +53,7 @@ def score(
     ranks: Ranks = Ranks(),
     device: torch.device | str = "cpu",
     rerank: Callable[[np.ndarray], np.ndarray] | None = None,
+    examples: int = 0,
 ) -> Result:
     """Rank every passage for every query by inner product and average the metrics over the rows.
 
@@ -61,6 +64,7 @@ def score(
         device: where the passages are searched.
         rerank: gives the results of all queries, int64 [q, k], another order, whose figures come under "reranked"; for
             a single process.
+        examples: so many of the queries are shown under "examples", with the passages found for them.
 
     Raises:
         NumericError: the encoder gave a vector with NaN or infinity (on all ranks at once).
@@ -79,7 +83,8 @@ def score(
     if not (torch.isfinite(corpus).all() and np.isfinite(values).all()):
         raise NumericError(f"data {data.name}: the model gives vectors with NaN or infinity; its weights are broken")
     if rerank is None:
-        return averages(data, values)
+        shown = {"examples": _examples(data, results, ranks, min(examples, len(queries)))} if examples else {}
+        return averages(data, values) | shown
     assert ranks.world == 1, "every query's results are here"
     reordered = metrics.per_query(rerank(results), data.relevance)
     return averages(data, values) | {"reranked": averages(data, reordered)}
@@ -114,6 +119,32 @@ def averages(data: RetrievalSet, values: np.ndarray) -> Result:
         if any(labels):
             result[group] = _groups(values, [label or unknown for label in labels])
     return result | {"queries": len(values), "passages": len(data.passages)}
+
+
+def named(name: str, result: Result) -> dict[str, float]:
+    """The averages of a data set by metric name: eval/<name>/<metric>, and where there are several sources or languages
+    eval/<name>/<source>/<metric> and eval/<name>/lang/<language>/<metric>."""
+    groups = {name: result}
+    for part, place in (("by_source", name), ("by_lang", f"{name}/lang")):
+        if len(result.get(part, {})) > 1:
+            groups |= {f"{place}/{label}": group for label, group in result[part].items()}
+    return {f"eval/{place}/{metric}": group[metric] for place, group in groups.items() for metric in metrics.NAMES}
+
+
+def _examples(data: RetrievalSet, results: np.ndarray, ranks: Ranks, count: int) -> list[dict[str, Any]]:
+    """The first `count` queries and what was found for them, a row a passage; results int64 [., k] are this rank's.
+
+    The first queries of all are the first of each rank's. Collective.
+    """
+    own = results[: len(ranks.split(count)), :_SHOWN]
+    found = ranks.join(torch.from_numpy(own.copy()), count).numpy()
+    right = metrics.gains(found, data.relevance.take(np.arange(len(found)))) > 0
+    return [
+        {"query": data.queries[query], "place": place + 1, "passage": data.passages[number], "right": bool(answers)}
+        for query, row in enumerate(zip(found.tolist(), right, strict=True))
+        for place, (number, answers) in enumerate(zip(*row, strict=True))
+        if number >= 0
+    ]
 
 
 def _groups(values: np.ndarray, labels: Sequence[str]) -> dict[str, Result]:

@@ -41,7 +41,7 @@ _PACKAGES = (
 # What belongs to one training run, as against the folder: set aside when a run starts over.
 _OF_A_RUN = (
     *("checkpoints", "model", "wandb", "metrics.jsonl", "results.json", "report.html", "run.json", "exit.json"),
-    *("incidents.jsonl", "rollbacks.json"),
+    *("incidents.jsonl", "rollbacks.json", "tensorboard"),
     *("config.yaml", "ds_config.json", "environment.json"),
 )
 

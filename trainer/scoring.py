@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -128,6 +128,7 @@ class Worker:
         flush_pairs: scores in a segment, and the most that are lost when the process is killed.
         claim_seconds: a claim that another machine's worker has not renewed for so long is taken over.
         policy: what happens to damaged shards.
+        told: called now and then with `figures`.
     """
 
     scorer: Scorer
@@ -138,6 +139,7 @@ class Worker:
     policy: Policy = "strict"
     tally: Tally = field(default_factory=Tally)
     rate: Rate = field(default_factory=lambda: Rate(0))
+    told: Callable[[Mapping[str, float]], object] = lambda values: None
     _leases: dict[str, Lease] = field(default_factory=dict)
     _told: float = field(default_factory=time.monotonic)
 
@@ -248,6 +250,13 @@ class Worker:
             f"{tally.found:,}",
             self.rate,
         )
+        self.told(self.figures())
+
+    def figures(self) -> dict[str, float]:
+        """What this worker has done, by metric name."""
+        tally, pace = self.tally, self.rate.done / max(self.rate.seconds, 1e-9)
+        counts = {"pairs": tally.pairs, "found": tally.found, "scored": tally.scored, "pairs_per_s": pace}
+        return {f"distill/{name}": value for name, value in counts.items()}
 
     def _is_done(self, shard: Shard) -> bool:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from data.collate import Batch
 from trainer import distributed, gradcache
 from trainer.attention import pack
+from trainer.clock import Mark, mark, seconds_between
 from trainer.device import free_memory
 from trainer.engine import Engine
 from trainer.gradcache import Rows, Seconds
@@ -32,11 +32,22 @@ class Outcome:
     applied: bool
     grad_norm: float
     seconds: Seconds
-    optimizer_seconds: float
+    gathers: list[tuple[Mark, Mark]]  # begin and end of each collective within the loss
+    updated: Mark
     tokens: int
     computed_tokens: int  # with padding
     chunks: int
     kept: int
+
+    @property
+    def gather_seconds(self) -> float:
+        """In collectives of the loss, waiting for the slowest rank included."""
+        return sum(seconds_between(*marks) for marks in self.gathers)
+
+    @property
+    def optimizer_seconds(self) -> float:
+        """From the end of the backward passes until the weights are new."""
+        return seconds_between(self.seconds.ended, self.updated)
 
 
 @dataclass
@@ -61,6 +72,7 @@ class Stepper:
     def __call__(self, batch: Batch, step: int, lr: float) -> Outcome:
         """Train on this rank's share of global batch number `step` at learning rate `lr`."""
         chunks, keep = self._plan(batch)
+        distributed.take_gathers()  # of what came before the step
         with self.engine.accumulate(), self._words(batch) as words:
             figures, seconds = gradcache.forward_backward(
                 lambda rows: self._embed(batch, rows),
@@ -69,8 +81,9 @@ class Stepper:
                 lambda embeddings: self.objective(embeddings, batch),
                 self.engine.backward,
                 seed=self._dropout_seed(step),
+                device=self.engine.device,
             )
-            begin = perf_counter()
+            gathers = distributed.take_gathers()
             if words:
                 words.pass_on(self.engine.backward)
         applied = self.engine.step(lr)
@@ -82,7 +95,8 @@ class Stepper:
             applied,
             self.engine.grad_norm,
             seconds,
-            perf_counter() - begin,
+            gathers,
+            mark(self.engine.device),
             tokens,
             tokens if self.packed else computed,
             len(chunks),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from data.rules import Prompts
 from data.settings import key, unresolved
+from trainer.events import problems as tensorboard_problems
 from trainer.monitor import WandbConfig
 from trainer.remote import problems as mirror_problems
 from trainer.spot import CHOICES
@@ -163,6 +164,7 @@ class Config:
     log_every: int = key(10, help="steps between log lines", low=1)
     eval: EvalConfig = key(EvalConfig(), help="evaluation in training")
     wandb: WandbConfig = key(WandbConfig(), help="mirror of the curves")
+    tensorboard: bool = key(False, help="write the curves to run_dir/tensorboard too")
     device: str = key("auto", help="auto: CUDA when there is one", choices=("auto", "cpu", "cuda"))
     config_yaml: str = unresolved()
 
@@ -187,7 +189,8 @@ class Config:
             )
         if self.spike.action == "rollback" and not self.spike.factor:
             problems.append("spike.action=rollback: spike.factor=0 finds no spike; give a factor, or action=warn")
-        return problems + mirror_problems(self.mirror) + _objective_problems(self) + _loss_problems(self.loss)
+        problems += mirror_problems(self.mirror) + tensorboard_problems(self.tensorboard)
+        return problems + _objective_problems(self) + _loss_problems(self.loss)
 
 
 def _objective_problems(config: Config) -> list[str]:
@@ -195,6 +198,10 @@ def _objective_problems(config: Config) -> list[str]:
     problems, objective = [], config.objective
     if objective != "contrastive" and not config.negatives:
         problems.append(f"negatives=0: {objective} compares a positive with its hard negatives; give 1 or more")
+    if objective == "ranking" and config.wandb.examples:
+        problems.append(
+            f"wandb.examples={config.wandb.examples}: {objective} searches nothing that could be shown; set 0"
+        )
     if objective == "distillation" and not config.scores and config.missing_scores != "contrastive":
         problems.append(
             "scores: give the score cache of `quintet distill`, or train without: missing_scores=contrastive"

@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,7 @@ class Watchdog:
         self._beat_seconds = min(_BEAT_SECONDS, shortest / 8) if shortest else _BEAT_SECONDS
         self._stop = threading.Event()
         self._fire_now = threading.Event()  # another rank has ended
+        self.last_words: Callable[[str], object] = lambda reason: None  # called with the reason before the end
         self._step, self._section, self._since = 0, SECTIONS[0], time.monotonic()
         self._others: dict[int, tuple[Beat, float]] = {}  # with the time when the beat was new
         self._answered = time.monotonic()  # by the store
@@ -160,6 +161,7 @@ class Watchdog:
                 runfolder.finish(self._run_dir, WatchdogError.exit_code, reason, own.step)
                 if self._store is not None:
                     self._store.set(_FIRED, reason)
+                self.last_words(reason)
             except (OSError, RuntimeError) as error:
                 _say(f"rank {self._rank}: its stacks could not be written: {error}")
             done.set()

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +26,10 @@ import torch
 from data import staging
 from data.errors import Stopped, UserError
 from data.parts import Parts
-from trainer import distributed
+from trainer import distributed, worklog
 from trainer.device import keep_freed_memory, pick_device
 from trainer.preempt import die_with_parent, leaving_when_warned
+from trainer.runfolder import Run, write_json
 
 log = logging.getLogger("quintet")
 
@@ -62,6 +64,7 @@ def carry_out(
     open_task: Callable[[Settings, torch.device], Task],
     begin: Callable[[Task, Path], bool],
     phases: Callable[[Task, Parts, Path], None],
+    figures: Callable[[Path], Mapping[str, float]] | None = None,
 ) -> None:
     """The frame of a stage: join the ranks, open what it needs, and do what is not done yet. Collective.
 
@@ -70,6 +73,8 @@ def carry_out(
         open_task: opens model and data; an error on any rank ends all.
         begin: whether there is anything to do.
         phases: does it, and publishes the output.
+        figures: what an output says of itself, by metric name; such a stage has a section `wandb`, and its work is
+            told in the folder NAME.log beside the output.
     """
     output = Path(config.output).expanduser().absolute()
     device = pick_device(config.device)
@@ -80,10 +85,30 @@ def carry_out(
             return
         with open_parts(output, task.plan) as parts:
             try:
-                phases(task, parts, output)
+                if figures is None:
+                    phases(task, parts, output)
+                else:
+                    with _told(config, parts, output) as told:
+                        phases(task, parts, output)
+                        told.log(distributed.on_first_rank(lambda: dict(figures(output))))
             except KeyboardInterrupt:
                 log.info("what is finished is kept; start the same command to go on")
                 raise
+
+
+def _told(config: Settings, parts: Parts, output: Path) -> AbstractContextManager[worklog.Worklog]:
+    """Tell of the work on an output; all starts of one work are one run. Collective."""
+
+    def next_start() -> tuple[str, int]:
+        file = parts.path("run.json")
+        before = Run(**orjson.loads(file.read_bytes())) if file.exists() else Run(secrets.token_hex(4), 0)
+        run = Run(before.id, before.attempt + 1)
+        write_json(file, vars(run))  # no part: it changes
+        return run.id, run.attempt
+
+    run = Run(*distributed.on_first_rank(next_start))
+    stage = type(config).__module__.rpartition(".")[2]
+    return worklog.follow(output.with_name(f"{output.name}.log"), stage, output.name, config, run)
 
 
 def folder_of(output: Path) -> Path:
