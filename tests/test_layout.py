@@ -27,7 +27,7 @@ DOORS = {
     "wandb": {"trainer/monitor.py"},
     "omegaconf": {"launcher/config.py"},
     "faiss": {"trainer/approximate.py"},
-    "mteb": {"trainer/evaluate.py", "trainer/export.py", "trainer/teacher.py"},
+    "mteb": {"trainer/benchmark.py", "trainer/localtasks.py"},
     "sentence_transformers": {"trainer/evaluate.py", "trainer/export.py", "trainer/teacher.py"},
 }
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -240,6 +240,11 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 # --- the facts out of a run folder -----------------------------------------------------------------------------
 
 
+def _retrieval(results: dict[str, Any]) -> dict[str, Any]:
+    """The entries of retrieval sets; tasks of benchmarks have other figures."""
+    return {name: scores for name, scores in results.items() if _METRICS.keys() <= scores.keys()}
+
+
 def of_run(run_dir: Path, name: str) -> Card:
     """The card of a run: its recipe from config.yaml, its scores from results.json, its data from the shards' index.
 
@@ -256,7 +261,7 @@ def of_run(run_dir: Path, name: str) -> Card:
         languages=languages,
         sources=sources,
         recipe=_recipe(config),
-        results=_read(run_dir / "results.json"),
+        results=_retrieval(_read(run_dir / "results.json")),
     )
 
 
