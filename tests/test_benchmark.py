@@ -332,7 +332,7 @@ def test_two_ranks_give_the_scores_of_one(files: dict[str, str], tmp_path: Path)
     for name, found in alone.items():
         for figure, value in found.items():
             if isinstance(value, float):
-                assert together[name][figure] == pytest.approx(value, abs=1e-6), (name, figure)
+                assert together[name][figure] == pytest.approx(value, abs=2e-6), (name, figure)  # mteb keeps 6 places
 
 
 # --- names and data --------------------------------------------------------------------------------------------
@@ -375,11 +375,17 @@ def test_copies_of_a_task_s_data_serve_where_nothing_can_be_fetched(
         (copies / place).write_bytes(Path(files[source]).read_bytes())
     (copies / "SciDocsRR.jsonl").write_bytes(Path(files["reranking"]).read_bytes())
     (copies / "Banking77Classification").symlink_to(files["classification"])
-    tasks = ["SciFact", "Tatoeba/deu-eng", "STSBenchmark", "SciDocsRR", "Banking77Classification", "NFCorpus"]
+    forums = "android english gaming gis mathematica physics programmers stats tex unix webmasters wordpress"
+    (copies / "cqadupstack").mkdir()
+    for forum in forums.split():
+        (copies / "cqadupstack" / forum).symlink_to(copies / "scifact")
+    tasks = ["SciFact", "Tatoeba/deu-eng", "STSBenchmark", "SciDocsRR", "Banking77Classification"]
+    tasks += ["CQADupstackRetrieval", "NFCorpus"]
     changes = {"tasks": tasks, "task_data": str(copies), "data": str(copies / "scifact")}
     found = _evaluate(files, tmp_path / "out", [], offline=True, compare=True, **changes)
     assert found.keys() == {"scifact", *tasks} - {"NFCorpus"}
     assert found["SciFact"]["score"] == pytest.approx(found["scifact"]["ndcg_at_10"], abs=1e-5)
+    assert found["CQADupstackRetrieval"]["score"] == pytest.approx(found["SciFact"]["score"])
     local = _evaluate(files, tmp_path / "local", ["sts", "bitext", "reranking", "classification"])
     for task, name in zip(tasks[1:5], ("pairs", "graded", "groups", "moods"), strict=True):
         assert found[task]["score"] == pytest.approx(local[name]["score"])
@@ -388,7 +394,7 @@ def test_copies_of_a_task_s_data_serve_where_nothing_can_be_fetched(
     printed = capsys.readouterr().out
     assert "E5 v2" in printed
     assert "– / 72.0 / –" in printed  # SciFact
-    with pytest.raises(UserError, match=r"1 tasks have no result:\n  NFCorpus: .*start the same command again"):
+    with pytest.raises(UserError, match=r"(?s)1 tasks have no result:\n  NFCorpus: .*start the same command again"):
         _evaluate(files, tmp_path / "out", [], **changes)
 
 
@@ -454,7 +460,8 @@ def test_published_figures_make_their_published_means() -> None:
     assert len(languages) == 16
     assert np.mean([row["me5"] for row in languages], axis=0) == pytest.approx(miracl["mean"]["me5"], abs=0.06)
     assert np.mean([row["me5-instruct"] for row in languages]) == pytest.approx(65.7, abs=0.06)
-    sets = [row["mean"]["e5-v2"][1] for name, row in tables.items() if list(row) == ["mean"] and "e5-v2" in row["mean"]]
+    single = [row["mean"] for name, row in tables.items() if list(row) == ["mean"] and name != "BEIR"]
+    sets = [row["e5-v2"][1] for row in single if "e5-v2" in row]
     assert (len(sets), np.mean(sets)) == (15, pytest.approx(50.23, abs=0.01))
 
 

@@ -145,7 +145,9 @@ def _spelled(name: str) -> str:
 @cache
 def _task_names() -> dict[str, str]:
     """All names of tasks, by their lower case. Takes seconds."""
-    tasks = mteb.get_tasks(exclude_superseded=False, exclude_private=False, exclude_beta=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of every task that is in beta
+        tasks = mteb.get_tasks(exclude_superseded=False, exclude_private=False, exclude_beta=False)
     return {task.metadata.name.lower(): task.metadata.name for task in tasks}
 
 
@@ -347,7 +349,7 @@ class Runner:
     def _evaluate(self, task: AbsTask, overwrite: str) -> TaskResult:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "To copy construct from a tensor")  # what mteb does with cosines
-            found = mteb.evaluate(
+            mteb.evaluate(
                 self.adapter,
                 task,
                 co2_tracker=False,
@@ -356,7 +358,9 @@ class Runner:
                 encode_kwargs={"batch_size": _TEXTS_A_BATCH, "show_progress_bar": False},
                 show_progress_bar=False,
             )
-        return found.task_results[0]
+        stored = self._before(task)  # rounded there, so that the same figures come now and next time
+        assert stored is not None, "mteb has just written it"
+        return stored
 
     def _before(self, task: AbsTask) -> TaskResult | None:
         """The result in the folder, which may lack subsets; none where it is of other data or was cut off."""

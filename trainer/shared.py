@@ -7,6 +7,7 @@ cannot take another path on another rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from data.errors import NumericError, QuintetError
 from trainer import distributed
-from trainer.embed import encode_texts, progress_bar
+from trainer.embed import Progress, encode_texts, progress_bar
 from trainer.encoder import Model
 from trainer.retrieval import Ranks
+
+_FEW_TEXTS = 2_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,7 @@ class SharedEncoder:
         encoder = self.model.encoder
         before, encoder.normalize = encoder.normalize, normalize
         try:
-            with progress_bar(len(mine), "texts embedded") as progress:
+            with _shown(len(mine)) as progress:
                 vectors = encode_texts(
                     self.model,
                     mine,
@@ -91,6 +94,11 @@ def lead(encoder: SharedEncoder, work: Callable[[], None]) -> None:
         _announce(error.exit_code if isinstance(error, QuintetError) else 1)
         raise
     _announce(0)
+
+
+def _shown(count: int) -> AbstractContextManager[Progress | None]:
+    """A progress bar for work that takes a while; benchmarks have hundreds of small pieces."""
+    return progress_bar(count, "texts embedded") if count >= _FEW_TEXTS else nullcontext()
 
 
 def _announce(request: Any) -> Any:
