@@ -25,6 +25,7 @@ from trainer.encoder import Model, ModelSettings, open_model, save_settings
 from trainer.margin import best_by_margin, f1_of_each
 
 WORDS = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "living", "room", "temperature", "sofa", "lamp"]
+SIDES = ("sentence1", "sentence2")
 
 
 def _text(draw: random.Random) -> str:
@@ -221,6 +222,10 @@ def test_local_tasks_score_as_mteb_scores_the_exported_model(
         assert ours[name].keys() - {"margin_f1", "margin_accuracy"} == theirs.keys()
         for figure in theirs.keys() - {"type", "metric"}:
             assert ours[name][figure] == pytest.approx(theirs[figure], abs=1e-5), (name, figure)
+    embed = shared.SharedEncoder(model, torch.device("cpu"))
+    left, right = (embed([f"query: {text}" for text in pairs.dataset["default"]["test"][side]]) for side in SIDES)
+    nearest = (left @ right.T).argmax(dim=1).numpy()
+    assert f1_of_each(nearest).mean() == pytest.approx(ours["pairs"]["f1"], abs=1e-6)
     own = _evaluate(files, tmp_path / "own", ["data"])["asked"]
     for figure in ("ndcg_at_10", "mrr_at_10", "recall_at_100"):
         assert own[figure] == pytest.approx(ours["asked"][figure], abs=1e-5)  # mteb rounds to 5 places
@@ -266,12 +271,11 @@ def test_a_sentence_near_to_everything_loses_by_margin() -> None:
     assert best_by_margin(left, right, neighbours=3).tolist() == [0, 1, 2]
 
 
-def test_f1_is_scikit_learn_s_weighted_one() -> None:
-    from sklearn.metrics import f1_score
-
-    found = np.random.default_rng(0).integers(0, 30, 30)
-    found[:20] = np.arange(20)
-    assert f1_of_each(found).mean() == pytest.approx(f1_score(np.arange(30), found, average="weighted"), abs=1e-12)
+def test_f1_of_each_is_that_of_its_precision_and_recall() -> None:
+    found = np.array([0, 0, 2, 2, 5, 5])
+    # 0: found twice, once rightly; 2: the same; 5: the same; 1, 3, 4: never found
+    f1 = 2 * 0.5 * 1.0 / (0.5 + 1.0)
+    assert f1_of_each(found) == pytest.approx([f1, 0, f1, 0, 0, f1])
 
 
 # --- results ---------------------------------------------------------------------------------------------------
@@ -298,6 +302,12 @@ def test_what_is_finished_is_not_evaluated_again_and_each_checkpoint_has_its_own
     _evaluate(files, tmp_path, ["sts"], prompts=other)
     assert all(text.startswith("ask: ") for call in encoded for text in call)
     assert len(list((tmp_path / "mteb" / "results" / "local__first").iterdir())) == 2
+
+
+def test_results_go_by_the_run_s_name_or_the_hub_s(door: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    given = [str(tmp_path / "mine"), str(tmp_path / "mine" / "model"), "intfloat/e5-small"]
+    assert [door._mteb_name(name) for name in given] == ["local/mine", "local/mine", "intfloat/e5-small"]
 
 
 def test_a_changed_file_and_a_result_that_was_cut_off_are_evaluated_again(
@@ -339,10 +349,11 @@ def test_two_ranks_give_the_scores_of_one(files: dict[str, str], tmp_path: Path)
 
 
 def test_names_stand_for_benchmarks_tasks_and_subsets(door: ModuleType) -> None:
-    names = ["beir", "mteb-en-v1", "MTEB(eng, v2)", "MIRACL", "miracl-hard-18", "BUCC", "Tatoeba/deu-eng"]
-    beir, old, new, miracl, hard, bucc, german = door.suites(names)
+    names = ["beir", "mteb-en-v1", "MTEB(eng, v2)", "MIRACL", "miracl-hard-18", "bucc", "Tatoeba/deu-eng", "miracl/sw"]
+    beir, old, new, miracl, hard, bucc, german, swahili = door.suites(names)
     assert [len(suite.tasks) for suite in (beir, old, new)] == [15, 56, 41]
     assert (miracl.name, len(miracl.tasks[0].hf_subsets), len(hard.tasks[0].hf_subsets)) == ("miracl", 16, 18)
+    assert (swahili.name, swahili.tasks[0].hf_subsets) == ("MIRACLRetrieval/sw", ["sw"])
     assert (bucc.name, german.tasks[0].hf_subsets) == ("BUCC", ["deu-eng"])
 
 
@@ -390,11 +401,13 @@ def test_copies_of_a_task_s_data_serve_where_nothing_can_be_fetched(
     for task, name in zip(tasks[1:5], ("pairs", "graded", "groups", "moods"), strict=True):
         assert found[task]["score"] == pytest.approx(local[name]["score"])
     assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())["missing"]) == ["NFCorpus"]
-    assert "1 tasks have no result" in caplog.text
+    assert "tasks without a result: 1" in caplog.text
     printed = capsys.readouterr().out
     assert "E5 v2" in printed
     assert "– / 72.0 / –" in printed  # SciFact
-    with pytest.raises(UserError, match=r"(?s)1 tasks have no result:\n  NFCorpus: .*start the same command again"):
+    with pytest.raises(UserError, match="task_data=nowhere: no such folder"):
+        _evaluate(files, tmp_path / "out", [], tasks="SciFact", task_data="nowhere")
+    with pytest.raises(UserError, match=r"(?s)tasks without a result: 1\n  NFCorpus: .*start the same command again"):
         _evaluate(files, tmp_path / "out", [], **changes)
 
 

@@ -42,6 +42,7 @@ from trainer.encoder import Model
 
 log = logging.getLogger("quintet")
 datasets.disable_progress_bars()  # one for every subset fills a log
+logging.getLogger("mteb").setLevel(logging.ERROR)  # and so do its hints, for each of its tasks
 
 # The 16 languages that multilingual E5 is reported on: those of MIRACL's training set. German and Yoruba came later.
 _MIRACL_16 = ("ar", "bn", "en", "es", "fa", "fi", "fr", "hi", "id", "ja", "ko", "ru", "sw", "te", "th", "zh")
@@ -128,7 +129,7 @@ def _suite(name: str, benchmarks: Mapping[str, mteb.Benchmark]) -> Suite:
     if spelled:
         return Suite(name.lower() if subsets else spelled, (_task(name, spelled, subsets),))
     task, _, subset = wanted.partition("/")
-    spelled = _spelled(task) if subset else ""
+    spelled = _spelled(_SHORT.get(task.lower(), (task, ()))[0]) if subset else ""
     if not spelled:
         raise UserError(_unknown(name, benchmarks))
     return Suite(f"{spelled}/{subset}", (_task(name, spelled, (subset,)),))
@@ -175,8 +176,10 @@ class Adapter:
 
     Args:
         embed: texts, prompts included, to vectors; its `normalize` says whether they have length 1.
+        name: the folder or hub id, under which results are kept.
         instruct: put the task's instruction before queries instead of the model's own prompt.
-        precision: of `embed`, which belongs to what a result was made with.
+        precision: of `embed`; results of another have another revision.
+        device: where vectors are compared.
 
     Attributes:
         prompted: names of tasks whose texts have their prompts already.
@@ -187,6 +190,7 @@ class Adapter:
         model: Model,
         embed: Embed,
         *,
+        name: str = "",
         instruct: bool = False,
         precision: str = "fp32",
         device: torch.device | str = "cpu",
@@ -195,7 +199,7 @@ class Adapter:
         self.instruct, self.normalize, self.device = instruct, model.normalize, torch.device(device)
         self.prompted: set[str] = set()
         self._embed = embed
-        self.mteb_model_meta = _meta(model, instruct, precision)
+        self.mteb_model_meta = _meta(model, name or model.name, instruct, precision)
 
     def encode(
         self,
@@ -243,7 +247,7 @@ def _instruction(task: TaskMetadata) -> str:
     return (prompt or get_abstask_prompt(task.name)).strip()
 
 
-def _meta(model: Model, instruct: bool, precision: str) -> ModelMeta:
+def _meta(model: Model, name: str, instruct: bool, precision: str) -> ModelMeta:
     """Name and revision of a model: what was made with other weights or settings has another revision."""
     settings = {
         "prompts": [model.query_prompt, model.passage_prompt],
@@ -255,7 +259,7 @@ def _meta(model: Model, instruct: bool, precision: str) -> ModelMeta:
     }
     revision = f"{weights_hash(model.encoder)}-{_digest(settings)[:8]}"
     values = {
-        "name": _mteb_name(model.name),
+        "name": _mteb_name(name),
         "revision": revision,
         "embed_dim": model.encoder.size,
         "max_tokens": float(model.max_length),
@@ -265,12 +269,11 @@ def _meta(model: Model, instruct: bool, precision: str) -> ModelMeta:
     return ModelMeta.create_empty(overwrites=values)
 
 
-def _mteb_name(name: str) -> str:
-    """A hub id as it is; a folder's own name, or its parent's where it is only called model, under "local/"."""
-    path = Path(name)
-    if name.count("/") == 1 and not path.exists():
-        return name
-    path = path.resolve()
+def _mteb_name(given: str) -> str:
+    """A hub id as it is; of a folder its name, or its parent's where it is only called model, under "local/"."""
+    if not Path(given).exists():
+        return given if "/" in given else f"local/{given}"
+    path = Path(given).resolve()
     return f"local/{path.parent.name if path.name == 'model' else path.name}"
 
 
@@ -348,7 +351,7 @@ class Runner:
 
     def _evaluate(self, task: AbsTask, overwrite: str) -> TaskResult:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "To copy construct from a tensor")  # what mteb does with cosines
+            warnings.filterwarnings("ignore", module=r"mteb\.")
             mteb.evaluate(
                 self.adapter,
                 task,

@@ -137,6 +137,8 @@ def _wanted(config: Config) -> _Wanted:
     given = {name: _listed(getattr(config, name)) for name in _LOCAL}
     if not config.tasks and not any(given.values()):
         return _Wanted(found, [], [])
+    if config.task_data and not Path(config.task_data).is_dir():
+        raise UserError(f"task_data={config.task_data}: no such folder; it has a folder or file for each task's data")
     _import_mteb(config)
     from trainer import benchmark, localtasks
 
@@ -207,7 +209,12 @@ def _run_tasks(
 
     instruct = {"auto": prompts.query.startswith("Instruct: "), "on": True, "off": False}[config.instructions]
     adapter = benchmark.Adapter(
-        encoder.model, encoder, instruct=instruct, precision=config.precision, device=encoder.device
+        encoder.model,
+        encoder,
+        name=config.model,
+        instruct=instruct,
+        precision=config.precision,
+        device=encoder.device,
     )
     adapter.prompted.update(local.name for local in wanted.local if local.prompted)
     copies = Path(config.task_data) if config.task_data else None
@@ -222,7 +229,7 @@ def _tell_missing(config: Config, missing: list[Missing]) -> None:
     if not missing:
         return
     lines = "".join(f"\n  {lack.name}: {lack.reason}" for lack in missing)
-    text = f"{len(missing)} tasks have no result:{lines}"
+    text = f"tasks without a result: {len(missing)}{lines}"
     if config.offline and all(lack.no_data for lack in missing):
         _log.warning("%s\n  offline=true: their data are neither in the cache of datasets nor in task_data", text)
         return
