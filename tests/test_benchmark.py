@@ -249,17 +249,18 @@ def test_a_query_in_the_corpus_is_no_result_of_its_own_in_mteb_either(files: dic
 
 def test_the_margin_is_the_published_formula() -> None:
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(n, 8, generator=generator) for n in (12, 9))
+    left, right = (torch.randn(n, 8, generator=generator) for n in (40, 30))
     left, right = (torch.nn.functional.normalize(vectors, dim=1) for vectors in (left.abs(), right.abs()))
     cosines = (left.double() @ right.double().T).numpy()
     expected = []
-    for i in range(12):
+    for i in range(40):
         scores = []
-        for j in range(9):
+        for j in range(30):
             near_i = sorted(cosines[i], reverse=True)[:4]
             near_j = sorted(cosines[:, j], reverse=True)[:4]
             scores.append(cosines[i, j] / (sum(near_i) / 8 + sum(near_j) / 8))
         expected.append(int(np.argmax(scores)))
+    assert expected != cosines.argmax(axis=1).tolist()
     assert best_by_margin(left, right).tolist() == expected
 
 

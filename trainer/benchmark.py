@@ -36,6 +36,7 @@ from torch import Tensor
 
 from data.errors import QuintetError, UserError
 from data.rules import Prompts, passage_prefix, query_prefix
+from data.tokens import fingerprint
 from trainer.classic import SYMMETRIC_TASKS
 from trainer.embed import weights_hash
 from trainer.encoder import Model
@@ -253,6 +254,7 @@ def _meta(model: Model, name: str, instruct: bool, precision: str) -> ModelMeta:
         "prompts": [model.query_prompt, model.passage_prompt],
         "instruct": instruct,
         "max_length": model.max_length,
+        "tokenizer": fingerprint(model.tokenizer),
         "pooling": model.pooling,
         "normalize": model.normalize,
         "precision": precision,
