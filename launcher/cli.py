@@ -92,7 +92,7 @@ STAGES = {
     ),
     "evaluate": Stage(
         "trainer.evaluate",
-        "retrieval quality on held-out pairs and BEIR folders, with BM25 beside it",
+        "how good a model is: on held-out pairs beside BM25, on MTEB's tasks, on files of yours",
         "quintet evaluate model=run/model data=shards/holdout.jsonl output=results",
     ),
     "encode": Stage(

@@ -27,7 +27,7 @@ from launcher import local
 log = logging.getLogger("quintet")
 
 # Commands that share their work among ranks, or look at them.
-PARALLEL = ("pretrain", "filter", "mine", "teacher", "distill", "finetune", "encode", "plan", "doctor")
+PARALLEL = ("pretrain", "filter", "mine", "teacher", "distill", "finetune", "encode", "evaluate", "plan", "doctor")
 _TRAINED = ("pretrain", "teacher", "finetune")
 
 

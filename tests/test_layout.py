@@ -33,7 +33,7 @@ DOORS = {
     "starlette": {"trainer/searchpage.py"},
     "uvicorn": {"trainer/searchpage.py"},
     "plotly": {"trainer/reportpage.py"},
-    "mteb": {"trainer/evaluate.py", "trainer/export.py", "trainer/teacher.py"},
+    "mteb": {"trainer/benchmark.py", "trainer/localtasks.py"},
     "sentence_transformers": {"trainer/evaluate.py", "trainer/export.py", "trainer/teacher.py"},
 }
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -174,9 +174,9 @@ def _metadata(card: Card, task: str, *more_tags: str) -> str:
 
 
 def _model_index_entry(name: str, scores: Mapping[str, Any]) -> dict[str, Any]:
-    task = ("retrieval", "Retrieval") if "ndcg_at_10" in scores else ("sentence-similarity", "Sentence Similarity")
+    kind = scores.get("type") or ("Retrieval" if "ndcg_at_10" in scores else "Sentence Similarity")
     return {
-        "task": dict(zip(("type", "name"), task, strict=True)),
+        "task": {"type": kind.lower().replace(" ", "-"), "name": kind},
         "dataset": {"name": name, "type": name},
         "metrics": [
             {"type": metric, "name": _METRICS.get(metric, metric), "value": round(value, 5)}

@@ -44,7 +44,7 @@ TOLERANCE = 1e-5  # between our vectors and a reader's, in fp32; float sums in a
 
 # MTEB looks a prompt up by the type of its task, then by query or document; prompts under other names are left out with
 # a warning (before 2.26, all of them). E5 puts the query's prompt before all texts of the types below.
-_SYMMETRIC_TASKS = (
+SYMMETRIC_TASKS = (
     "BitextMining",
     "Classification",
     "MultilabelClassification",
@@ -249,7 +249,7 @@ def _settings_files(model: Model) -> dict[str, Any]:
         "include_prompt": True,
     }
     prompts = {"query": model.query_prompt, "document": model.passage_prompt}
-    prompts |= {**dict.fromkeys(_SYMMETRIC_TASKS, model.query_prompt), **model.prompts}
+    prompts |= {**dict.fromkeys(SYMMETRIC_TASKS, model.query_prompt), **model.prompts}
     settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     dense = {
         "in_features": hidden,
@@ -276,7 +276,7 @@ def _facts(model: Model, graphs: onnxfile.Graphs | None) -> Facts:
         normalize=model.normalize,
         query_prompt=model.query_prompt,
         passage_prompt=model.passage_prompt,
-        prompts={name: text for name, text in model.prompts.items() if name not in _SYMMETRIC_TASKS},
+        prompts={name: text for name, text in model.prompts.items() if name not in SYMMETRIC_TASKS},
         graphs=graphs,
     )
 

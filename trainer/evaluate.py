@@ -1,31 +1,42 @@
-"""Stage `evaluate`: how well a model finds the right passages, beside BM25 on the same data."""
+"""Stage `evaluate`: how good a model is: on held-out pairs, on benchmarks of the field, on local tasks."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.errors import UserError
+from data.errors import ConfigError, Stopped, UserError
 from data.settings import key
 from trainer.monitor import StageWandbConfig
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from data.groups import Numbers
+    from data.rules import Prompts
+    from trainer.benchmark import Missing, Suite
     from trainer.encoder import Model
-    from trainer.retrieval import Encode, Result
+    from trainer.localtasks import Local
+    from trainer.retrieval import Result
     from trainer.sets import RetrievalSet
+    from trainer.shared import SharedEncoder
 
 _log = logging.getLogger("quintet")
 
 _COLUMNS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "R@100", "accuracy_at_1": "acc@1"}
+_LOCAL = ("sts", "bitext", "classification", "reranking", "retrieval")  # keys of local files that mteb scores
+_LIBRARIES = ("quintet", "torch", "transformers", "tokenizers", "bm25s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +52,22 @@ class Config:
     """Keys of `quintet evaluate`."""
 
     model: str = key(help="model folder, run folder, or hub id")
-    data: str | list[str] = key(help="JSONL files of pairs and BEIR folders")
+    data: str | list[str] = key([], help="JSONL files of pairs and BEIR folders: retrieval, beside BM25")
+    tasks: str | list[str] = key([], help="benchmarks and tasks of mteb: beir, miracl, bucc, STS17, 'MTEB(eng, v2)'")
+    sts: str | list[str] = key([], help="files of sentence1, sentence2, score (TSV, JSONL)")
+    bitext: str | list[str] = key([], help="files of sentence1 and its translation sentence2 (TSV, JSONL)")
+    classification: str | list[str] = key([], help="folders with train and test: text, label (TSV, JSONL)")
+    reranking: str | list[str] = key([], help="JSONL files of query, positives, negatives")
+    retrieval: str | list[str] = key([], help="like data, but scored by mteb, with its figures")
     output: str = key(help="folder for results.json and evaluation.json, or a .json file")
+    compare: bool = key(False, help="print the published figures of E5 and multilingual E5 beside")
+    offline: bool = key(False, help="fetch nothing; tasks whose data are not here are left out and named")
+    task_data: str = key("", help="folder with copies of tasks' data, by task; empty: mteb fetches them")
+    instructions: str = key(
+        "auto",
+        help="tasks' instructions before queries; auto: if the model's prompt is one",
+        choices=("auto", "on", "off"),
+    )
     bm25: bool = key(True, help="also score BM25")
     rerank: str = key("", help="cross-encoder that also puts the first results in order; empty: none")
     rerank_depth: int = key(100, help="results of each query that it reads", low=1, high=100)
@@ -58,45 +83,169 @@ class Config:
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
     wandb: StageWandbConfig = key(StageWandbConfig(), help="mirror of the results")
 
+    def check(self) -> list[str]:
+        """One message for each setting that cannot be."""
+        if any(_listed(getattr(self, name)) for name in ("data", "tasks", *_LOCAL)):
+            return []
+        return [
+            "data=[] tasks=[]: nothing to evaluate on; give files of pairs or BEIR folders as data, or names of tasks"
+        ]
+
 
 def run(config: Config) -> None:
-    """Score the model on every data set; write results.json and evaluation.json, print a table.
+    """Score the model on all that is asked for; write results.json and evaluation.json, print tables.
+
+    Collective: rank 0 leads, the others embed for it. Tasks that are finished in the output are not evaluated again.
 
     Raises:
-        UserError: missing model or data, or a device that is not there.
+        UserError: missing model or data, a name that is none, a task without a result, or a device that is not there.
         NumericError: the model gives NaN or infinity.
     """
-    from data.rules import Prompts
-    from trainer import retrieval, sets
+    if config.offline:
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when their libraries are imported
+    problems = config.check()
+    if problems:
+        raise ConfigError(problems)
+    from trainer import distributed, shared, work
     from trainer.device import pick_device
     from trainer.embed import load_model
+    from trainer.preempt import leaving_when_warned
 
     begin = time.perf_counter()
     device = pick_device(config.device)
-    data_sets = sets.load(config.data, split=config.split, limit=config.limit, seed=config.seed)
-    model = _with_prompts(load_model(config.model, device, config.max_length), config.prompts)
-    encode = _encode(model, config, device)
+    with work.job(device), leaving_when_warned(Stopped.exit_code):
+        wanted: list[_Wanted] = []
+        distributed.on_first_rank(lambda: wanted.append(_wanted(config)))
+        with distributed.together():
+            model = _with_prompts(load_model(config.model, device, config.max_length), config.prompts)
+        encoder = shared.SharedEncoder(model, device, config.precision, config.tokens_per_chunk)
+        shared.lead(encoder, lambda: _evaluate(config, wanted[0], encoder, begin))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What to evaluate on, read and found to exist before the model is opened."""
+
+    data: list[RetrievalSet]
+    suites: list[Suite]
+    local: list[Local]
+
+
+def _wanted(config: Config) -> _Wanted:
+    from trainer import sets
+
+    data = _listed(config.data)
+    found = sets.load(data, split=config.split, limit=config.limit, seed=config.seed) if data else []
+    given = {name: _listed(getattr(config, name)) for name in _LOCAL}
+    if not config.tasks and not any(given.values()):
+        return _Wanted(found, [], [])
+    if config.task_data and not Path(config.task_data).is_dir():
+        raise UserError(f"task_data={config.task_data}: no such folder; it has a folder or file for each task's data")
+    _import_mteb(config)
+    from trainer import benchmark, localtasks
+
+    wanted = _Wanted(found, benchmark.suites(_listed(config.tasks)), localtasks.load(given, config.split))
+    names = [data_set.name for data_set in found] + [local.name for local in wanted.local]
+    names += {name for suite in wanted.suites for name in (suite.name, *suite.task_names)}
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{twice[0]!r} would name two of the results; rename one of the files or folders")
+    return wanted
+
+
+def _import_mteb(config: Config) -> None:
+    """Import mteb where its results go to the output: on import it makes a folder, else that one in the home."""
+    os.environ.setdefault("MTEB_CACHE", str(_mteb_folder(config)))
+    try:
+        import_module("mteb")
+    except ImportError as error:
+        raise UserError(
+            f"tasks and local files other than data need the library mteb ({error}): pip install 'quintet[mteb]'"
+        ) from None
+
+
+def _mteb_folder(config: Config) -> Path:
+    return _results_file(config).parent.absolute() / "mteb"
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return ([value] if value else []) if isinstance(value, str) else value
+
+
+def _evaluate(config: Config, wanted: _Wanted, encoder: SharedEncoder, begin: float) -> None:
+    from data.rules import Prompts
+    from trainer import retrieval
+
+    model, device = encoder.model, encoder.device
     prompts = Prompts(query=model.query_prompt, passage=model.passage_prompt)
     rerank = _reranker(config, device) if config.rerank else None
     results: dict[str, Result] = {}
-    for data in data_sets:
+    for data in wanted.data:
         for note in data.notes:
             _log.warning(note)
         _log.info("%s: %d queries, %d passages", data.name, len(data.rows), len(data.passages))
         again = partial(rerank, data) if rerank else None
-        found = retrieval.score(data, encode, prompts, device=device, rerank=again)
+        found = retrieval.score(data, encoder, prompts, device=device, rerank=again)
         results[data.name] = found | ({"bm25": retrieval.score_bm25(data)} if config.bm25 else {})
-    notes = [note for data in data_sets for note in data.notes]
-    _write(Path(config.output), results, _about(config, model, device, notes, time.perf_counter() - begin))
+    tasks, missing = _run_tasks(config, wanted, encoder, prompts) if wanted.suites or wanted.local else ({}, [])
+    notes = [note for data in wanted.data for note in data.notes]
+    about = _about(config, model, device, notes, time.perf_counter() - begin)
+    about |= {"missing": {lack.name: lack.reason for lack in missing}}
+    _write(_results_file(config), results | tasks, about)
     _tell(config, results)
-    _print_table(results, model.name)
+    if results:
+        _print_table(results, model.name)
+    if tasks:
+        _print_tasks(tasks, model.name)
+    if config.compare:
+        from trainer import published
+
+        published.print_beside(results | tasks, model.name)
+    _tell_missing(config, missing)
+
+
+def _run_tasks(
+    config: Config, wanted: _Wanted, encoder: SharedEncoder, prompts: Prompts
+) -> tuple[dict[str, Result], list[Missing]]:
+    """Entries of results.json by task and benchmark, and the tasks without a result."""
+    from trainer import benchmark, localtasks
+
+    instruct = {"auto": prompts.query.startswith("Instruct: "), "on": True, "off": False}[config.instructions]
+    adapter = benchmark.Adapter(
+        encoder.model,
+        encoder,
+        name=config.model,
+        instruct=instruct,
+        precision=config.precision,
+        device=encoder.device,
+    )
+    adapter.prompted.update(local.name for local in wanted.local if local.prompted)
+    copies = Path(config.task_data) if config.task_data else None
+    fill = partial(localtasks.fill, folder=copies) if copies else benchmark.no_copy
+    runner = benchmark.Runner(adapter, _mteb_folder(config), fill)
+    suites = [benchmark.Suite(local.name, (local.make(prompts),)) for local in wanted.local]
+    return benchmark.run_suites(suites + wanted.suites, runner)
+
+
+def _tell_missing(config: Config, missing: list[Missing]) -> None:
+    """Say which tasks have no result; an error unless the data of all of them were not to be fetched."""
+    if not missing:
+        return
+    lines = "".join(f"\n  {lack.name}: {lack.reason}" for lack in missing)
+    text = f"tasks without a result: {len(missing)}{lines}"
+    if config.offline and all(lack.no_data for lack in missing):
+        _log.warning("%s\n  offline=true: their data are neither in the cache of datasets nor in task_data", text)
+        return
+    raise UserError(
+        f"{text}\nthe others are finished: start the same command again, or with offline=true to go without"
+    )
 
 
 def _tell(config: Config, results: dict[str, Result]) -> None:
     """Leave the results as metrics, beside the results."""
     from trainer import retrieval, worklog
 
-    folder = _file(config.output).with_suffix(".log")
+    folder = _results_file(config).with_suffix(".log")
     with worklog.follow(folder, "evaluate", folder.absolute().parent.name, config) as log:
         for data, result in results.items():
             beside = {f"{data}/{scorer}": result[scorer] for scorer in ("bm25", "reranked") if scorer in result}
@@ -107,23 +256,6 @@ def _tell(config: Config, results: dict[str, Result]) -> None:
 def _with_prompts(model: Model, prompts: PromptOverride) -> Model:
     changes: dict[str, Any] = {"query_prompt": prompts.query, "passage_prompt": prompts.passage}
     return dataclasses.replace(model, **{name: value for name, value in changes.items() if value is not None})
-
-
-def _encode(model: Model, config: Config, device: torch.device) -> Encode:
-    from trainer.embed import encode_texts, progress_bar
-
-    def encode(texts: Sequence[str]) -> torch.Tensor:
-        with progress_bar(len(texts), "texts embedded") as progress:
-            return encode_texts(
-                model,
-                texts,
-                tokens_per_chunk=config.tokens_per_chunk,
-                device=device,
-                precision=config.precision,
-                progress=progress,
-            )
-
-    return encode
 
 
 def _reranker(config: Config, device: torch.device) -> Callable[[RetrievalSet, Numbers], Numbers]:
@@ -153,39 +285,59 @@ def _about(config: Config, model: Model, device: torch.device, notes: list[str],
         "rerank_depth": config.rerank_depth,
         "precision": config.precision,
         "device": str(device),
-        "data": config.data,
+        **{name: _listed(getattr(config, name)) for name in ("data", "tasks", *_LOCAL)},
+        "task_data": config.task_data,
+        "instructions": config.instructions,
         "split": config.split,
         "limit": config.limit,
         "seed": config.seed,
         "notes": notes,
-        "versions": {name: version(name) for name in ("quintet", "torch", "transformers", "tokenizers", "bm25s")},
+        "versions": {name: version(name) for name in (*_LIBRARIES, *(["mteb"] if "mteb" in sys.modules else []))},
         "seconds": round(seconds, 1),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def _file(output: str | Path) -> Path:
-    """Where the results go."""
-    return Path(output) if Path(output).suffix == ".json" else Path(output) / "results.json"
+def _results_file(config: Config) -> Path:
+    output = Path(config.output).expanduser()
+    return output if output.suffix == ".json" else output / "results.json"
 
 
-def _write(output: Path, results: dict[str, Result], about: dict[str, Any]) -> None:
+def _write(file: Path, results: dict[str, Result], about: dict[str, Any]) -> None:
     from trainer.runfolder import write_json
 
-    file = _file(output)
     beside = file.with_name("evaluation.json" if file.stem == "results" else f"{file.stem}.evaluation.json")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(beside, about)
         write_json(file, results)
     except OSError as error:
-        raise UserError(f"output={output}: cannot be written: {error}") from None
+        raise UserError(f"output={file}: cannot be written: {error}") from None
     _log.info("results are in %s", file)
+
+
+def _print_tasks(results: dict[str, Result], name: str) -> None:
+    """One line for each task and benchmark."""
+    from rich.table import Table
+
+    table = Table("task", "type", "figure", name)
+    table.columns[3].justify = "right"
+    for task, found in results.items():
+        if found["type"] != "benchmark":
+            table.add_row(task, found["type"], found["metric"], f"{found['score']:.3f}")
+            table.add_row("", "", "margin_f1", f"{found['margin_f1']:.3f}") if "margin_f1" in found else None
+    for suite, found in results.items():
+        if found["type"] == "benchmark" and found["tasks"]:
+            lacking = f", {len(found['missing'])} without a result" if found["missing"] else ""
+            table.add_section()
+            table.add_row(suite, f"{found['tasks']} tasks{lacking}", "mean", f"{found['score']:.3f}")
+            for kind, score in found["by_type"].items() if len(found["by_type"]) > 1 else ():
+                table.add_row("", kind, "mean", f"{score:.3f}")
+    _console().print(table)
 
 
 def _print_table(results: dict[str, Result], name: str) -> None:
     """One line for each data set and source, the model above BM25."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("data", "source", "scorer", *(["queries"] + list(_COLUMNS.values())))
@@ -197,9 +349,14 @@ def _print_table(results: dict[str, Result], name: str) -> None:
                 labels = (data, source, scorer, f"{scores['queries']:,}") if number == 0 else ("", "", scorer, "")
                 table.add_row(*labels, *(f"{scores[metric]:.3f}" for metric in _COLUMNS))
         table.add_section()
+    _console().print(table)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
     console = Console()
-    wide = console if console.is_terminal else Console(width=120)  # a file or a pipe has no edge to fold at
-    wide.print(table)
+    return console if console.is_terminal else Console(width=120)  # a file or a pipe has no edge to fold at
 
 
 def _by_source(result: Result, name: str) -> list[tuple[str, list[tuple[str, Result]]]]:

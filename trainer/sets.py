@@ -70,23 +70,22 @@ def load(data: str | Sequence[str], *, split: str = "test", limit: int = 0, seed
     paths = [Path(entry) for entry in ([data] if isinstance(data, str) else data)]
     if not paths:
         raise UserError("data=[]: nothing to evaluate on; give JSONL files of pairs or BEIR folders")
-    names = _names(paths)
-    sets = [_load_one(path, name, split) for path, name in zip(paths, names, strict=True)]
+    sets = [_load_one(path, name, split) for path, name in zip(paths, names(paths), strict=True)]
     return [_limited(data_set, limit, seed) for data_set in sets]
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def names(paths: Sequence[Path]) -> list[str]:
     """Stem or folder name; where two are alike, with the folder around it."""
     places = [Path(os.path.abspath(path)) for path in paths]  # a link keeps its own name
-    stems = [place.name.split(".jsonl")[0] for place in places]
+    stems = [place.name.split(".jsonl")[0].removesuffix(".tsv") for place in places]
     alike = Counter(stems)
-    names = [
+    found = [
         f"{place.parent.name}/{stem}" if alike[stem] > 1 else stem for place, stem in zip(places, stems, strict=True)
     ]
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    twice = [name for name, count in Counter(found).items() if count > 1]
     if twice:
         raise UserError(f"data: {twice[0]!r} would name two of the results; rename one of the files or folders")
-    return names
+    return found
 
 
 def _load_one(path: Path, name: str, split: str) -> RetrievalSet:
@@ -161,10 +160,10 @@ def _documents(path: str, side: str) -> Iterator[Document]:
         for key, row in _objects(place):
             yield _labelled(key, _document(row), row)
     elif place.name.endswith(SUFFIXES):
-        for number, line in _lines(place):
+        for number, line in lines(place):
             yield _identified(line, number, side, f"{where} {number}")
     else:
-        for number, line in _lines(place):
+        for number, line in lines(place):
             yield Document(str(number), _utf8(line, f"{where} {number}"))
 
 
@@ -248,7 +247,7 @@ def _records(path: Path) -> tuple[list[Record], tuple[str, ...]]:
     records: list[Record] = []
     reasons: Counter[str] = Counter()
     first = ""
-    for number, line in _lines(path):
+    for number, line in lines(path):
         try:
             record = parse(_decoded(line))
         except BadRecord as error:
@@ -303,6 +302,20 @@ def _beir(folder: Path, name: str, split: str) -> RetrievalSet:
     )
 
 
+def beir_parts(folder: Path, split: str) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
+    """The bare parts of a BEIR folder: documents and queries by id, and all grades by query, those of 0 too.
+
+    Raises:
+        UserError: as `load` does.
+    """
+    documents = {key: _document(row) for key, row in _objects(_member(folder, "corpus"))}
+    queries = {key: row["text"].strip() for key, row in _objects(_member(folder, "queries"))}
+    judged: dict[str, dict[str, int]] = {}
+    for query, passage, grade in _judgements(_qrels_file(folder, split)):
+        judged.setdefault(query, {})[passage] = grade
+    return documents, queries, judged
+
+
 def _own(key: str, query: str, corpus: dict[str, tuple[str, str]], numbers: dict[str, int], row: dict[str, int]) -> int:
     """The passage that is the query itself (ArguAna, Quora): same id and same text, and not judged an answer.
 
@@ -325,7 +338,7 @@ def _member(folder: Path, stem: str) -> Path:
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(id, row) of a BEIR file; ids are unique and every row has a text."""
     seen: set[str] = set()
-    for number, line in _lines(path):
+    for number, line in lines(path):
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError as error:
@@ -343,10 +356,7 @@ def _qrels(
     folder: Path, split: str, queries: dict[str, str], corpus: dict[str, Any]
 ) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
     """{query id: {passage id: grade}} of the queries with an answer, in the file's order, and notes."""
-    path = folder / "qrels" / f"{split}.tsv"
-    if not path.is_file():
-        found = ", ".join(sorted(file.stem for file in (folder / "qrels").glob("*.tsv"))) or "none"
-        raise UserError(f"data={folder}: no qrels/{split}.tsv in it; set split to one it has: {found}")
+    path = _qrels_file(folder, split)
     judged: dict[str, dict[str, int]] = {}
     strange_queries: set[str] = set()
     strange_passages = 0
@@ -366,8 +376,16 @@ def _qrels(
     return judged, tuple(notes)
 
 
+def _qrels_file(folder: Path, split: str) -> Path:
+    path = folder / "qrels" / f"{split}.tsv"
+    if not path.is_file():
+        found = ", ".join(sorted(file.stem for file in (folder / "qrels").glob("*.tsv"))) or "none"
+        raise UserError(f"data={folder}: no qrels/{split}.tsv in it; set split to one it has: {found}")
+    return path
+
+
 def _judgements(path: Path) -> Iterator[tuple[str, str, int]]:
-    for number, line in _lines(path):
+    for number, line in lines(path):
         parts = line.decode("utf-8", errors="replace").rstrip("\r\n").split("\t")
         if number == 1 and parts[-1].strip() == "score":
             continue
@@ -383,7 +401,7 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, int]]:
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The non-empty lines of a plain, .gz or .zst file with their numbers from 1."""
     try:
         with _open(path) as file:
