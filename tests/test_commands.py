@@ -24,7 +24,13 @@ SPANS = [command for page in PAGES for command in spans(page) if command.words[0
 # files of the reader's own, and what stands for them here
 THEIRS = {"my.yaml": "configs/pretrain/small.yaml"}
 # what a part of a command needs besides its mandatory keys
-BESIDE = {"pack": ["output=x"], "finetune": ["scores=x"], "plan": ["model.path=x"], "export": ["run_dir=x"]}
+BESIDE = {
+    "pack": ["output=x"],
+    "finetune": ["scores=x"],
+    "plan": ["model.path=x"],
+    "export": ["run_dir=x"],
+    "evaluate": ["data=x"],
+}
 LAUNCH_OPTIONS = {"--ranks", "--hostfile", "--restarts"}
 LAUNCH_FLAGS = {"--slurm", "--sbatch", "--help"}
 ELLIPSES = {"...", "…"}
@@ -90,7 +96,7 @@ def _check(words: list[str], partial: bool) -> None:
         "make": _make,
         "pip": _pip,
         "sky": _sky,
-        "wandb": lambda rest: _among(rest[0], {"login"}),
+        "wandb": lambda rest: _among(rest[0], {"login", "leet", "sync"}),
         "pytest": lambda rest: _files(rest),
         "python": lambda rest: _files(rest),
     }

@@ -214,6 +214,10 @@ PROVOKED = {
         "quintet launch --hostfile texts.txt encode model=model input=texts.txt output=new",
         "quintet launch --slurm encode model=model input=texts.txt output=new",
     ],
+    "W&B or TensorBoard cannot be had": [
+        "quintet teacher data=shards run_dir=run model.path=model wandb.examples=3",
+        "WANDB_BASE_URL=http://127.0.0.1:9 WANDB_API_KEY= NETRC=nowhere quintet dashboard",
+    ],
     "The mirror in object storage": [f"{TRAIN} mirror=a::b", f"{TRAIN} mirror=s3://me:secret@bucket/run"],
     "Evaluation data are not readable": [
         "quintet evaluate model=model output=new data=nowhere",
@@ -222,6 +226,20 @@ PROVOKED = {
         "quintet evaluate model=model output=new data=empty.jsonl",
         "quintet evaluate model=model output=new data=[]",
         "quintet evaluate model=model output=new data=[pairs.jsonl,pairs.jsonl]",
+    ],
+    "A task of a benchmark is not known or has no result": [
+        "quintet evaluate model=model output=scores tasks=beer",
+        "quintet evaluate model=model output=scores tasks=miracl/xx",
+        "quintet evaluate model=model output=scores tasks=SciFact task_data=nowhere",
+        "quintet evaluate model=model output=scores tasks=SciFact",
+    ],
+    "A file of sentences, labels or groups is not readable": [
+        "quintet evaluate model=model output=scores sts=nowhere.tsv",
+        "quintet evaluate model=model output=scores sts=bare.yaml",
+        "quintet evaluate model=model output=scores sts=empty.jsonl",
+        "quintet evaluate model=model output=scores sts=pairs.jsonl",
+        "quintet evaluate model=model output=scores classification=empty",
+        "quintet evaluate model=model output=scores reranking=pairs.jsonl",
     ],
     "Texts to encode or search are not readable": [
         "quintet search model=model query=a input=nowhere",

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.errors import ConfigError, Stopped, UserError
+from data.errors import Stopped, UserError
 from data.settings import key
 from trainer.monitor import StageWandbConfig
 
@@ -103,9 +103,6 @@ def run(config: Config) -> None:
     """
     if config.offline:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when their libraries are imported
-    problems = config.check()
-    if problems:
-        raise ConfigError(problems)
     from trainer import distributed, shared, work
     from trainer.device import pick_device
     from trainer.embed import load_model
@@ -135,9 +132,11 @@ def _wanted(config: Config) -> _Wanted:
     from trainer import sets
 
     data = _listed(config.data)
-    found = sets.load(data, split=config.split, limit=config.limit, seed=config.seed) if data else []
     given = {name: _listed(getattr(config, name)) for name in _LOCAL}
-    if not config.tasks and not any(given.values()):
+    of_mteb = bool(config.tasks) or any(given.values())
+    load = partial(sets.load, data, split=config.split, limit=config.limit, seed=config.seed)
+    found = load() if data or not of_mteb else []
+    if not of_mteb:
         return _Wanted(found, [], [])
     if config.task_data and not Path(config.task_data).is_dir():
         raise UserError(f"task_data={config.task_data}: no such folder; it has a folder or file for each task's data")

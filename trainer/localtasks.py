@@ -24,7 +24,6 @@ from mteb.abstasks import (
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from data.errors import UserError
 from data.rules import Prompts
 from trainer import localdata, retrieval, sets
 from trainer.localdata import TABLES, Group, Table
@@ -54,19 +53,13 @@ def load(given: Mapping[str, Sequence[str]], split: str = "test") -> list[Local]
     """Read the files of each key: sts, bitext, classification, reranking, retrieval.
 
     Raises:
-        UserError: a file is missing or cannot be read, or two have one name.
+        UserError: a file is missing or cannot be read.
     """
-    found = [
+    return [
         _local(key, Path(path), name, split)
         for key, paths in given.items()
         for path, name in zip(paths, sets.names([Path(path) for path in paths]), strict=True)
     ]
-    taken: set[str] = set()
-    for local in found:
-        if local.name in taken:
-            raise UserError(f"{local.name!r} would name two of the results; rename one of the files or folders")
-        taken.add(local.name)
-    return found
 
 
 def _local(key: str, path: Path, name: str, split: str) -> Local:
