@@ -68,13 +68,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _other_stages(folder: Path) -> dict[str, list[str]]:
     """Their command lines; one of them tells W&B too."""
     teachers.bert(folder / "cross")
+    (folder / "alike.tsv").write_text("sentence1\tsentence2\tscore\n" + "a b\ta b\t5\na b\tc\t1\nd\te f\t2\n")
     data = f"data={folder / 'shards'}"
     filtering = [f"model={folder / 'bert'}", data, f"output={folder / 'kept'}", "wandb.mode=offline", "wandb.group=g"]
     return {
         "filter": [*filtering, "pool_size=40"],
         "mine": [f"model={folder / 'bert'}", data, f"output={folder / 'mined'}"],
         "distill": [f"teacher={folder / 'cross'}", data, f"scores={folder / 'new-scores'}", "max_length=60"],
-        "evaluate": [f"model={folder / 'bert'}", f"data={folder / 'held.jsonl'}", f"output={folder / 'results'}"],
+        "evaluate": [
+            *(f"model={folder / 'bert'}", f"data={folder / 'held.jsonl'}", f"sts={folder / 'alike.tsv'}"),
+            f"output={folder / 'results'}",
+        ],
     }
 
 
@@ -124,10 +128,12 @@ def test_a_worker_tells_what_it_scored_and_an_evaluation_what_it_found(runs: Pat
     (worker,) = runs.glob("new-scores/*/log/*")
     last = _rows(worker)[-1]
     assert (last["distill/pairs"], last["distill/found"], last["distill/scored"]) == (64 * 3, 0, 64 * 3)
-    results = json.loads((runs / "results/results.json").read_text())["held"]
+    found = json.loads((runs / "results/results.json").read_text())
+    results = found["held"]
     rows: dict[str, Any] = {}
     for row in _rows(runs / "results/results.log"):
         rows |= row
+    assert rows["eval/alike/score"] == found["alike"]["score"]
     assert rows["eval/held/ndcg_at_10"] == results["ndcg_at_10"]
     assert rows["eval/held/bm25/ndcg_at_10"] == results["bm25"]["ndcg_at_10"]
     assert rows["eval/held/lang/de/mrr_at_10"] == results["by_lang"]["de"]["mrr_at_10"]

@@ -191,7 +191,7 @@ def _evaluate(config: Config, wanted: _Wanted, encoder: SharedEncoder, begin: fl
     about = _about(config, model, device, notes, time.perf_counter() - begin)
     about |= {"missing": {lack.name: lack.reason for lack in missing}}
     _write(_results_file(config), results | tasks, about)
-    _tell(config, results)
+    _tell(config, results, tasks)
     if results:
         _print_table(results, model.name)
     if tasks:
@@ -240,7 +240,7 @@ def _tell_missing(config: Config, missing: list[Missing]) -> None:
     )
 
 
-def _tell(config: Config, results: dict[str, Result]) -> None:
+def _tell(config: Config, results: dict[str, Result], tasks: dict[str, Result]) -> None:
     """Leave the results as metrics, beside the results."""
     from trainer import retrieval, worklog
 
@@ -250,6 +250,9 @@ def _tell(config: Config, results: dict[str, Result]) -> None:
             beside = {f"{data}/{scorer}": result[scorer] for scorer in ("bm25", "reranked") if scorer in result}
             for name, scores in {data: result, **beside}.items():
                 log.log(retrieval.named(name, scores))
+        for task, found in tasks.items():
+            if "score" in found:
+                log.log({f"eval/{task}/score": found["score"]})
 
 
 def _with_prompts(model: Model, prompts: PromptOverride) -> Model:

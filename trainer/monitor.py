@@ -93,6 +93,7 @@ METRICS: dict[str, Metric] = {
     "eval/*/mrr_at_10": Metric("frac", "MRR@10"),
     "eval/*/recall_at_100": Metric("frac", "Recall@100"),
     "eval/*/accuracy_at_1": Metric("frac", "queries whose best answer is relevant"),
+    "eval/*/score": Metric("frac", "main figure of a task of MTEB, or the mean of a benchmark's"),
     "run/attempt": Metric("1", "how many times the run was started; marks steps repeated after a restart"),
     "run/restarts": Metric("1", "starts after the first"),
     "run/goodput": Metric("frac", "share of the time since this start that went into steps"),

@@ -49,6 +49,7 @@ SECTIONS = (
             _panel("MRR@10", "eval/*/mrr_at_10"),
             _panel("Recall@100", "eval/*/recall_at_100"),
             _panel("Best answer is right", "eval/*/accuracy_at_1"),
+            _panel("Tasks and benchmarks", "eval/*/score"),
         ),
     ),
     Section(
