@@ -482,10 +482,12 @@ def test_published_figures_make_their_published_means() -> None:
 def test_a_published_row_stands_beside_ours_only_where_the_tasks_are_the_same() -> None:
     tables = {"B": {"mean": {"e5": 40.0}, "STS": {"e5": 80.0}, "recall_at_100": {"e5": 90.0}, "other": {"e5": 1.0}}}
     whole = {"B": {"score": 0.5, "by_type": {"STS": 0.7}, "recall_at_100": 0.9}}
-    assert [(row, ours) for _, row, ours, _ in published.pairs(whole, tables)] == [
-        ("mean", pytest.approx(50)),
-        ("STS", pytest.approx(70)),
-        ("recall_at_100", pytest.approx(90)),
+    known = {"families": {"e5": "E5"}, "tables": tables}
+    assert [(line.row, *line.ours) for line in published.lines([whole], known)] == [
+        ("mean", 0.5),
+        ("STS", 0.7),
+        ("recall_at_100", 0.9),
     ]
-    assert list(published.pairs({"B": whole["B"] | {"missing": ["x"]}}, tables)) == []
-    assert list(published.pairs({"b": whole["B"]}, tables)) == []
+    assert published.table([whole], ["ours"], known)[1] == ["B", "mean", "50.0", "40.0"]
+    assert published.lines([{"B": whole["B"] | {"missing": ["x"]}}], known) == []
+    assert published.lines([{"C": whole["B"]}], known) == []

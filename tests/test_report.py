@@ -22,6 +22,7 @@ from trainer.journal import Journal
 from trainer.monitor import registered
 
 ROOT = Path(__file__).resolve().parent.parent
+NONE_PUBLISHED: dict[str, Any] = {"families": {}, "tables": {}}
 HOSTILE = '</script><img src=x onerror="document.title=\'taken\'"><a href="https://example.com">%{x}</a>'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -353,7 +354,7 @@ def test_thinning_keeps_the_lowest_the_highest_and_what_is_no_number() -> None:
 def test_a_run_of_fifty_thousand_logged_steps_stays_small_and_says_so(tmp_path: Path) -> None:
     rows = ({"train/step": step, "train/loss": 1 / step, "perf/step_s": 1.0} for step in range(1, 50_001))
     log = runlog.RunLog(tmp_path, "long", rows=list(rows))
-    content = reporting.compose([log], ["none"], {})
+    content = reporting.compose([log], ["none"], NONE_PUBLISHED)
     assert max(len(trace["x"]) for chart in content.charts for trace in chart.traces) <= charts.POINTS
     captions = {chart.name: chart.caption for chart in content.charts}
     assert "Of 50,000 points those are drawn" in captions["loss"]
@@ -379,7 +380,7 @@ def test_published_figures_stand_beside_ours() -> None:
         ["SciFact", "mean", "62.5", "72.0", ""],
     ]
     assert tables["Main"].rows == [["MTEB", "benchmark", "", "0.500"], ["BEIR", "benchmark", "", "0.500"]]
-    assert "Beside" not in _tables(runlog.RunLog(Path("x"), "ours", results=results), {"tables": [3]})
+    assert "Beside" not in _tables(runlog.RunLog(Path("x"), "ours", results=results), NONE_PUBLISHED)
 
 
 def test_the_exchange_of_embeddings_is_taken_out_of_the_loss() -> None:

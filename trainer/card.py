@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from data.index import Index
 from data.pairing import PairTemplate
 from data.shards import load_index
 from trainer import onnxfile
+from trainer.runlog import mapping
 
 # What of a run's configuration a reader needs to judge or repeat it, with the words for the table.
 RECIPE = {
@@ -482,11 +482,11 @@ def of_run(run_dir: Path, name: str) -> Card:
     What is not there is left out, and of configuration and environment only what is named here is copied: nothing
     private, such as the host's name or a path, gets onto the card.
     """
-    config, environment = _read(run_dir / "config.yaml"), _read(run_dir / "environment.json")
+    config, environment = mapping(run_dir / "config.yaml"), mapping(run_dir / "environment.json")
     model, loss = config.get("model"), config.get("loss")
     base = str(model.get("path", "")) if isinstance(model, dict) else ""
     sources, languages = _training_data(config.get("data"))
-    versions = environment.get("versions")
+    versions, results = environment.get("versions"), mapping(run_dir / "results.json")
     matryoshka = loss.get("matryoshka") if isinstance(loss, dict) else None
     return Card(
         name,
@@ -494,7 +494,7 @@ def of_run(run_dir: Path, name: str) -> Card:
         languages=languages,
         sources=sources,
         recipe=_recipe(config),
-        results={name: scores for name, scores in _read(run_dir / "results.json").items() if isinstance(scores, dict)},
+        results={name: scores for name, scores in results.items() if isinstance(scores, dict)},
         sizes=[int(size) for size in matryoshka.get("sizes") or ()] if isinstance(matryoshka, dict) else None,
         versions={name: version for name, version in versions.items() if version} if isinstance(versions, dict) else {},
         hardware=[str(device) for device in environment.get("devices") or ()],
@@ -507,16 +507,6 @@ def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("objective") != "distillation":
         idle.add("alpha")
     return {key: config[key] for key in RECIPE if key in config and key not in idle}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file with a mapping; empty when there is no such file or it holds something else."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _training_data(data: Any) -> tuple[dict[str, int], dict[str, int]]:
@@ -536,7 +526,7 @@ def _indexes(data: Any) -> Iterator[tuple[str, Index]]:
     for entry in data if isinstance(data, list) else [data] if data else []:
         place = Path(str(entry))
         if place.suffix in (".yaml", ".yml"):
-            sources = _read(place).get("sources")
+            sources = mapping(place).get("sources")
             named = sources.items() if isinstance(sources, dict) else ()
             folders = [(str(name), place.parent / folder) for name, said in named for folder in _shards(said)]
         else:

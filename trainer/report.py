@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("quintet")
 
-_PUBLISHED = Path(__file__).parent.parent / "configs" / "evaluate" / "published.yaml"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -41,7 +39,7 @@ def run(config: Config) -> None:
     Raises:
         UserError: a folder that is no run folder, or an output that cannot be written.
     """
-    from trainer import reporting, reportpage, runlog
+    from trainer import published, reporting, reportpage, runlog
     from trainer.device import pick_device
     from trainer.runfolder import write_text
 
@@ -50,7 +48,7 @@ def run(config: Config) -> None:
     folders, device = _folders(config.runs), pick_device(config.device)
     logs = [runlog.read(folder, name) for folder, name in zip(folders, runlog.names_of(folders), strict=True)]
     closeups = [_closeup(log, config, device) for log in logs]
-    content = reporting.compose(logs, closeups, runlog.mapping(_PUBLISHED), texts=config.texts)
+    content = reporting.compose(logs, closeups, published.load(), texts=config.texts)
     output = Path(config.output) if config.output else folders[0] / "report.html"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from trainer import charts
+from trainer import charts, published
 from trainer.charts import Chart
 from trainer.closeup import Closeup
 from trainer.monitor import redacted
@@ -26,20 +26,20 @@ _OTHER_METRICS = 4  # further columns of an evaluation table at most
 
 
 def compose(
-    runs: Sequence[RunLog], closeups: Sequence[Closeup | str], published: Mapping[str, Any], *, texts: bool = False
+    runs: Sequence[RunLog], closeups: Sequence[Closeup | str], known: Mapping[str, Any], *, texts: bool = False
 ) -> Page:
     """The page.
 
     Args:
         closeups: for each run, or a sentence that says why there is none.
-        published: what configs/evaluate/published.yaml holds; empty where it is missing.
+        known: published figures, from `published.load`.
         texts: whether the map may show texts of the held-out data.
     """
     title = f"Training report: {runs[0].name}" if len(runs) == 1 else f"Training report: {len(runs)} runs"
     sections = [
         _training(runs),
         _held_out(runs),
-        _evaluation(runs, published),
+        _evaluation(runs, known),
         _embeddings(runs, closeups, texts),
         _speed(runs),
         _data(runs),
@@ -196,13 +196,13 @@ def _counted(drawn: Sequence[Chart]) -> str:
 # --- evaluation -------------------------------------------------------------------------------------------------
 
 
-def _evaluation(runs: Sequence[RunLog], published: Mapping[str, Any]) -> Section:
+def _evaluation(runs: Sequence[RunLog], known: Mapping[str, Any]) -> Section:
     blocks: list[Chart | Table | Note] = [*charts.by_language(runs)]
     data = dict.fromkeys(name for run in runs for name in _entries(run))
     tasks = [name for name in data if any("score" in _entries(run).get(name, {}) for run in runs)]
     blocks += [_evaluation_table(runs, name) for name in data if name not in tasks]
     blocks += [_task_table(runs, tasks)] if tasks else []
-    blocks += _published_table(runs, published)
+    blocks += _published_table(runs, known)
     without = [run.name for run in runs if not run.results]
     if without:
         names = ", ".join(without)
@@ -274,60 +274,15 @@ def _parts(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in sources.items() if isinstance(part, dict)} if isinstance(sources, dict) else {}
 
 
-def _published_table(runs: Sequence[RunLog], published: Mapping[str, Any]) -> list[Table]:
-    """Ours beside the published figures of the same data sets, tasks and benchmarks; nothing where there are none.
-
-    published: as in configs/evaluate/published.yaml: `families` names models, `tables` has their figures in percent by
-    benchmark, and there by row; a family has one figure, or three by its sizes.
-    """
-    families, tables = published.get("families"), published.get("tables")
-    if not (isinstance(families, dict) and isinstance(tables, dict)):
-        return []
-    found = []
-    for benchmark, lines in tables.items():
-        for line, theirs in lines.items() if isinstance(lines, dict) else ():
-            ours = [_ours(run, str(benchmark), str(line)) for run in runs]
-            if any(score is not None for score in ours) and isinstance(theirs, dict):
-                found.append((str(benchmark), str(line), ours, theirs))
-    shown = [family for family in families if any(family in theirs for *_, theirs in found)]
-    rows = [
-        [
-            benchmark,
-            line,
-            *("" if score is None else f"{100 * score:.1f}" for score in ours),
-            *(_sizes(theirs.get(family)) for family in shown),
-        ]
-        for benchmark, line, ours, theirs in found
-    ]
-    head = ["benchmark", "", *(run.name for run in runs), *(str(families[family]) for family in shown)]
-    return (
-        [Table("Beside published figures, in percent; several are small / base / large.", head, rows)] if rows else []
-    )
-
-
-def _ours(run: RunLog, benchmark: str, line: str) -> float | None:
-    """Our figure for a published line, as a fraction. A benchmark that lacks a task has none."""
-    entry = next((entry for name, entry in _entries(run).items() if _plain(name) == _plain(benchmark)), {})
-    if entry.get("missing"):
-        return None
-    known = {**entry, "mean": entry.get("score", entry.get("ndcg_at_10"))}
-    for group in ("by_type", "by_subset"):
-        known |= entry[group] if isinstance(entry.get(group), dict) else {}
-    score = known.get(line)
-    return float(score) if isinstance(score, int | float) else None
-
-
-def _sizes(figures: Any) -> str:
-    several = figures if isinstance(figures, list) else [figures]
-    return " / ".join("–" if one is None else str(one) for one in several) if figures is not None else ""
+def _published_table(runs: Sequence[RunLog], known: Mapping[str, Any]) -> list[Table]:
+    """Ours beside the published figures of the same data sets, tasks and benchmarks; nothing where there are none."""
+    rows = published.table([_entries(run) for run in runs], [run.name for run in runs], known)
+    caption = "Beside published figures, in percent; several are small / base / large."
+    return [Table(caption, rows[0], rows[1:])] if rows else []
 
 
 def _number(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, int | float) else ""
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 # --- embeddings -------------------------------------------------------------------------------------------------
