@@ -21,6 +21,7 @@ SIZES = {
     ],
     "evaluate": ["device=cpu"],
     "search": ["device=cpu"],
+    "report": ["device=cpu"],
 }
 
 
@@ -41,10 +42,11 @@ def test_the_quickstart_runs_from_pairs_to_a_search(
         assert cli.main([*words, *sizes]) == 0, capsys.readouterr().err
         said[words[0]] = capsys.readouterr().out
 
-    assert list(said) == ["pack", "doctor", "pretrain", "evaluate", "export", "search"]
+    assert list(said) == ["pack", "doctor", "pretrain", "evaluate", "export", "search", "report"]
     scores = json.loads((tmp_path / "quickstart/run/results.json").read_text(encoding="utf-8"))["holdout"]
     assert scores["queries"] >= 30
     assert "bm25" in scores
     assert (tmp_path / "quickstart/model/modules.json").is_file()
+    assert (tmp_path / "quickstart/run/report.html").is_file()
     assert said["search"].count("\n  ") == 3  # top_k=3
     assert all(row in said["doctor"] for row in ("data ", "model ", "eval ", "lanes ", "memory ", "disk "))
