@@ -329,7 +329,8 @@ def test_a_cross_encoders_graph_and_its_cards_code_give_its_logits(tmp_path: Pat
     assert found.graphs is not None
     assert found.graphs.difference < 1e-5
     encoder, onnx_scores = _run_blocks(tmp_path / "out")
-    inputs = tokenizer("query: how tall is the tower?", "The tower is 330 metres tall.", return_tensors="pt")
+    texts = "query: how tall is the tower?", "The tower is 330 metres tall."
+    inputs = tokenizer(*texts, return_tensors="pt", truncation=True, max_length=48)
     with torch.no_grad():
         expected = float(source.eval()(**inputs).logits)
     assert float(encoder["scores"][0]) == pytest.approx(expected, abs=1e-5)

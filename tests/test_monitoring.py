@@ -22,6 +22,7 @@ import tiny
 import torch
 from test_finetune import write_scores
 
+from data import fetch
 from data.errors import Stopped
 from launcher import cli
 from trainer import clock, distributed, meter, monitor, retrieval
@@ -260,7 +261,8 @@ def test_the_parts_of_a_step_add_up_to_it(runs: Path) -> None:
         assert 0 <= row["perf/gather_s"] <= parts["loss"]
         assert row["perf/data_wait_frac"] == pytest.approx(parts["data"] / row["perf/step_s"])
         assert 0 < row["run/goodput"] < 1
-        assert (row["data/token_spread"], row["data/retries"]) == (0, 0)
+        assert row["data/token_spread"] == 0
+        assert row["data/retries"] == fetch.retries()  # of this process, in which other tests may have asked again
         assert 0 < row["node/0/mem_frac"] < 1
 
 

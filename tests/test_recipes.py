@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(
     path.relative_to(CONFIGS).as_posix()
     for path in CONFIGS.rglob("*.yaml")
-    if not {"mixtures", "cluster"} & set(path.parts) and not path.name.startswith("_")
+    if not {"mixtures", "cluster"} & set(path.parts) and not path.name.startswith(("_", "published"))
 )
 # The recipes of demo-full.sh leave the places to it. What it gives beside the keys that must be given:
 PLACES = {
@@ -28,6 +28,7 @@ PLACES = {
     "pretrain": ["loss.guide.path=guide"],
     "pretrain-kept": ["loss.guide.path=guide"],
     "finetune": ["scores=scores", "loss.guide.path=guide"],
+    "evaluate": ["data=pairs.jsonl"],
 }
 MIXTURE = CONFIGS / "mixtures/me5-pretrain.yaml"
 
