@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Evaluate on Slurm:  sbatch slurm/evaluate.sh model=... data=... output=... precision=bf16
-# One GPU. For the rest see slurm/pretrain.sh.
+# One GPU. All ranks share the texts of a larger evaluation, which goes on where it stopped:
+#   sbatch --ntasks-per-node=8 --gpus-per-node=8 slurm/evaluate.sh model=... tasks=[beir,miracl] output=... precision=bf16
+# For the rest see slurm/pretrain.sh.
 #SBATCH --job-name=quintet-evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
