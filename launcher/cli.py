@@ -341,10 +341,11 @@ def _help(name: str, stage: Stage, config_class: type) -> str:
     names = [_assignment(key) for key in keys]
     width = min(max(map(len, names)), 40)
     lines = "\n".join(f"  {left:{width}}  {_explanation(key)}" for left, key in zip(names, keys, strict=True))
+    words = "".join(f" [{word.upper()}]" for word in stage.words)
     return f"""\
 {stage.line[0].upper()}{stage.line[1:]}.
 
-Usage: quintet {name} [--config FILE]... [key=value]...
+Usage: quintet {name}{words} [--config FILE]... [key=value]...
 
   --config FILE    a YAML file of keys; may be repeated, a later one wins
   --print-config   print the resulting configuration and stop

@@ -57,7 +57,7 @@ class Config:
     sts: str | list[str] = key([], help="files of sentence1, sentence2, score (TSV, JSONL)")
     bitext: str | list[str] = key([], help="files of sentence1 and its translation sentence2 (TSV, JSONL)")
     classification: str | list[str] = key([], help="folders with train and test: text, label (TSV, JSONL)")
-    reranking: str | list[str] = key([], help="JSONL files of query, positives, negatives")
+    reranking: str | list[str] = key([], help="JSONL files of query, positive, negative")
     retrieval: str | list[str] = key([], help="like data, but scored by mteb, with its figures")
     output: str = key(help="folder for results.json and evaluation.json, or a .json file")
     compare: bool = key(False, help="print the published figures of E5 and multilingual E5 beside")
