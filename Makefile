@@ -15,6 +15,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 
+# not one extra that names the others: pip does not find such a one where the path has a blank
+EXTRAS := dev,index,mteb,onnx,dashboard,tensorboard,docs
 PIP := .venv/bin/python -m pip install --disable-pip-version-check
 # deepspeed, quintet and ninja are looked up on PATH
 RUN := PATH="$$PWD/.venv/bin:$$PATH"
@@ -69,7 +71,7 @@ clean:  ## remove what the other targets made, but not your runs
 	@$(PIP) --constraint constraints.txt --upgrade pip setuptools wheel ninja
 	@$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)",--constraint constraints.txt) "$$(grep '^torch==' constraints.txt)"
 	@DS_BUILD_OPS=0 $(PIP) --constraint constraints.txt --no-build-isolation deepspeed
-	@$(PIP) --constraint constraints.txt --config-settings editable_mode=compat --editable '.[dev]'
+	@$(PIP) --constraint constraints.txt --config-settings editable_mode=compat --editable '.[$(EXTRAS)]'
 # DeepSpeed's script names its interpreter in a way that breaks on a path with a space.
 	@case "$$PWD" in *" "*) printf '#!/bin/sh\nexec "%s" -m deepspeed.launcher.runner "$$@"\n' \
 		"$$PWD/.venv/bin/python" >.venv/bin/deepspeed;; esac

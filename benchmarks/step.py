@@ -397,7 +397,8 @@ def precisions() -> tuple[str, ...]:
 def _share(case: Case) -> dict[str, Any]:
     """FLOP/s of our step, graphs kept and dropout on, over that of a product of two square matrices."""
     sides, half = Sides(case), case.precision == "bf16"
-    square = torch.randn(4096, 4096).to(torch.bfloat16 if half else torch.float32)
+    side = min(4096, 16 * case.hidden)
+    square = torch.randn(side, side).to(torch.bfloat16 if half else torch.float32)
     steps = {chunk: sides.ours(chunk, KEEP_ALL) for chunk in case.chunks}
     timings = alternate({"product": partial(torch.mm, square, square), **steps}, case.repeats)
     product = 2 * len(square) ** 3 / timings.pop("product").median
