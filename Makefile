@@ -15,7 +15,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 
-# not one extra that names the others: pip does not find such a one where the path has a blank
+# the tests need all of them
 EXTRAS := dev,index,mteb,onnx,dashboard,tensorboard,docs
 PIP := .venv/bin/python -m pip install --disable-pip-version-check
 # deepspeed, quintet and ninja are looked up on PATH
