@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from transformers import AutoModel, AutoTokenizer
 
 from launcher.cli import main
@@ -24,7 +23,6 @@ from trainer.monitor import registered
 ROOT = Path(__file__).resolve().parent.parent
 NONE_PUBLISHED: dict[str, Any] = {"families": {}, "tables": {}}
 HOSTILE = '</script><img src=x onerror="document.title=\'taken\'"><a href="https://example.com">%{x}</a>'
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def _row(step: int, attempt: int = 1, **more: float) -> dict[str, Any]:
@@ -101,16 +99,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.bert(run / "model")
     report.run(report.Config(runs=str(run), device="cpu"))
     return run
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM:
-        pytest.skip("needs Chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 class Opened:

@@ -83,11 +83,10 @@ def config(place: Path, run_dir: Path, **changes: Any) -> teacher.Config:
 def test_a_teacher_learns_what_answers_a_query_on_groups_it_has_not_seen(place: Path, tmp_path: Path) -> None:
     held = teacher.EvalConfig(data=str(place / "held"))
     template = PairTemplate(query="query: {query}", passage="{passage}")
-    teacher.run(config(place, tmp_path / "run", steps=200, warmup_steps=20, log_every=50, eval=held, template=template))
+    teacher.run(config(place, tmp_path / "run", steps=400, warmup_steps=20, log_every=50, eval=held, template=template))
     found = [row for row in jobs.metrics(tmp_path / "run") if "eval/pairs/accuracy_at_1" in row][-1]
-    # The tokenizer is trained for the test, and comes out differently each time: 0.57 has been seen.
-    assert found["eval/pairs/accuracy_at_1"] > 0.45, "chance is 0.25, with a deviation of 0.04"
-    assert found["eval/pairs/mrr_at_10"] > 0.65, "chance is 0.52"
+    assert found["eval/pairs/accuracy_at_1"] > 0.6, "chance is 0.25"
+    assert found["eval/pairs/mrr_at_10"] > 0.75, "chance is 0.52"
     settings = read_settings(tmp_path / "run" / "model")
     assert settings is not None
     assert (settings.template, settings.max_length, settings.max_query_length) == (template, 40, 20)
