@@ -262,9 +262,23 @@ def test_the_manifest_is_the_last_file_of_a_checkpoint(tmp_path: Path) -> None:
     assert sorted(of_step[:-1]) == [
         f"checkpoints/step-00000001/{name}" for name in ("model/weights.bin", "moments.bin")
     ]
+    assert written.index("metrics.jsonl") < written.index(of_step[-1]), "it would go on as a run without a past"
     assert written[-1] == "exit.json"
     assert "model/config.json" in written
     assert (tmp_path / "store" / ID / "model/config.json").exists()
+
+
+def test_a_file_in_a_plain_folder_is_replaced_and_never_written_in_its_place(tmp_path: Path) -> None:
+    """A machine that is taken away amid a write leaves the file that was there: who has it open reads it to its end."""
+    store = remote.Store(str(tmp_path / "store"))
+    (tmp_path / "new").write_text("the second")
+    for replace in (lambda: store.put(tmp_path / "new", "a/file"), lambda: store.write("a/file", b"the second")):
+        store.write("a/file", b"the first")
+        with open(tmp_path / "store/a/file", "rb") as open_before:
+            replace()
+            assert open_before.read() == b"the first"
+        assert store.read("a/file") == b"the second"
+        assert store.names("a") == ["file"]
 
 
 def test_the_same_checkpoint_is_not_copied_twice_and_never_taken_away(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ start() {
         [ -f "$folder/$name" ] || ssh-keygen -q -t ed25519 -N '' -f "$folder/$name"
     done
     mkdir -p /run/sshd # where sshd wants to be at home
+    stop               # what a start left that was killed before its stop
     ip netns add quintet1
     ip netns add quintet2
     ip link add cable netns quintet1 type veth peer name cable netns quintet2

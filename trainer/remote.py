@@ -60,7 +60,8 @@ class Store:
 
         self.url = url.rstrip("/")
         # Object stores have no folders; asked to make one, some clients make a bucket.
-        options = {"auto_mkdir": True} if get_protocol(url) in ("file", "local") else {}
+        self._is_local = get_protocol(url) in ("file", "local")
+        options = {"auto_mkdir": True} if self._is_local else {}
         try:
             self._system, root = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
@@ -68,7 +69,7 @@ class Store:
         self._root = root.rstrip("/")
 
     def write(self, name: str, content: bytes) -> None:
-        self._try(name, lambda place: self._system.pipe_file(place, content))
+        self._try(name, lambda place: self._whole(place, lambda path: self._system.pipe_file(path, content)))
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None when it is not there."""
@@ -76,7 +77,7 @@ class Store:
 
     def put(self, file: Path, name: str) -> None:
         """Copy a file there."""
-        self._try(name, lambda place: self._system.put_file(str(file), place))
+        self._try(name, lambda place: self._whole(place, lambda path: self._system.put_file(str(file), path)))
 
     def get(self, name: str, file: Path) -> None:
         """Copy a file here. One that is not there gives none."""
@@ -100,6 +101,13 @@ class Store:
             self._system.rm(place, recursive=True)
 
         self._try_found(name, delete)
+
+    def _whole(self, place: str, write: Callable[[str], None]) -> None:
+        """Write a file that nobody sees half: object storage does that itself, a plain folder by a new name."""
+        if not self._is_local:
+            return write(place)
+        write(f"{place}.part")
+        Path(f"{place}.part").replace(place)
 
     def _try_found(self, name: str, call: Callable[[str], Any]) -> Any:
         """What a call gives for the full path of `name`, None when that is not there."""
@@ -365,15 +373,18 @@ class Mirror:
         text = (saved.folder / MANIFEST).read_bytes()
         listed = json.loads(text)["files"]
         before = store.read(f"{place}/{MANIFEST}")
-        if before is None or _files(before) != listed:  # else the same was saved and copied before
+        copied = before is not None and _files(before) == listed  # the same was saved and copied before
+        if not copied:
             if before is not None:
                 store.remove(f"{place}/{MANIFEST}")
             self._put_all(store, saved.folder, place, listed)
+        # Before the manifest: a checkpoint without the run's id and journal would go on as another run.
+        self._put_small(store)
+        if not copied:
             if (saved.folder / MANIFEST).read_bytes() != text:
                 return  # saved anew meanwhile: that one waits
             store.write(f"{place}/{MANIFEST}", text)
         self._last_step = saved.step
-        self._put_all(store, self._run_dir, self._id, [name for name in _SMALL if (self._run_dir / name).exists()])
         self._prune(store)
 
     def _prune(self, store: Store) -> None:
@@ -394,8 +405,11 @@ class Mirror:
         if self._code == EXIT_DONE and model.is_dir():
             paths = [path.relative_to(model).as_posix() for path in sorted(model.rglob("*")) if path.is_file()]
             self._put_all(store, model, f"{self._id}/model", paths)
-        self._put_all(store, self._run_dir, self._id, [name for name in _SMALL if (self._run_dir / name).exists()])
+        self._put_small(store)
         store.put(self._run_dir / "exit.json", f"{self._id}/exit.json")
+
+    def _put_small(self, store: Store) -> None:
+        self._put_all(store, self._run_dir, self._id, [name for name in _SMALL if (self._run_dir / name).exists()])
 
     def _put_all(self, store: Store, folder: Path, place: str, names: Iterable[str]) -> None:
         with ThreadPoolExecutor(TRANSFERS) as pool:
