@@ -77,15 +77,24 @@ class PairEncoder:
 
     def queries(self, texts: Sequence[str]) -> Ragged:
         """The queries' own ids, cut, for `join`."""
-        before, after = self._around_query
-        body = self._encoder.body([before + text + after for text in texts])
+        body = self._body(texts, self._around_query)
         return _cut(body, np.minimum(body.lengths, self.settings.max_query_length))
 
     def passages(self, texts: Sequence[str]) -> Ragged:
         """The passages' own ids for `join`, which cuts them to fit."""
-        before, after = self._around_passage
-        body = self._encoder.body([before + text + after for text in texts])
+        body = self._body(texts, self._around_passage)
         return _cut(body, np.minimum(body.lengths, self.settings.max_length))
+
+    def whole(self, queries: Sequence[str], passages: Sequence[str]) -> NDArray[np.bool_]:
+        """Which of the rows of n pairs hold both texts uncut."""
+        sides = ((queries, self._around_query), (passages, self._around_passage))
+        query, passage = (self._body(texts, around).lengths for texts, around in sides)
+        fits: NDArray[np.bool_] = query + passage + np.int32(self._specials) <= self.settings.max_length
+        return fits & (query <= self.settings.max_query_length)
+
+    def _body(self, texts: Sequence[str], around: tuple[str, str]) -> Ragged:
+        before, after = around
+        return self._encoder.body([before + text + after for text in texts])
 
     def lengths(self, queries: NDArray[np.int32], passages: NDArray[np.int32]) -> NDArray[np.int32]:
         """The lengths of the rows that `join` makes of queries and passages of such lengths."""

@@ -19,6 +19,7 @@ import onnx
 import onnxruntime
 import pairs
 import pytest
+import teachers
 import tiny
 import torch
 import yaml
@@ -335,6 +336,17 @@ def test_a_cross_encoders_graph_and_its_cards_code_give_its_logits(tmp_path: Pat
         expected = float(source.eval()(**inputs).logits)
     assert float(encoder["scores"][0]) == pytest.approx(expected, abs=1e-5)
     assert float(onnx_scores["scores"][0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_cross_encoder_of_short_rows_is_exported(tmp_path: Path) -> None:
+    """Readers know nothing of its cut of queries, and cut both texts where it cuts the passage alone."""
+    teachers.bert(tmp_path / "source")
+    teacher = open_teacher(str(tmp_path / "source"), max_length=16, max_query_length=2)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
+    found = ranker.write(teacher, tokenizer, tmp_path / "out", Card(), export._cross_encoder, onnx=True)
+    assert found.difference < 1e-4
+    assert found.graphs is not None
+    assert found.graphs.difference < 1e-4
 
 
 # --- the stage -------------------------------------------------------------------------------------------------

@@ -47,6 +47,18 @@ def test_a_long_query_is_cut_to_its_own_limit_and_the_passage_to_the_rest() -> N
     assert row == [2, *plain[0][:6], 3, *plain[1][: 20 - 6 - 3], 3]
 
 
+def test_whole_rows_are_those_that_the_tokenizer_alone_makes() -> None:
+    tokenizer = tiny.unigram()
+    pairs = PairEncoder(tokenizer, 20, max_query_length=8, template=PairTemplate(query="query: {query}"))
+    uncut = [
+        tokenizer(f"query: {query}", passage)["input_ids"] for query, passage in zip(QUERIES, PASSAGES, strict=True)
+    ]
+    rows = pairs.encode(QUERIES, PASSAGES).lists()
+    found = pairs.whole(QUERIES, PASSAGES).tolist()
+    assert found == [row == whole for row, whole in zip(rows, uncut, strict=True)]
+    assert 0 < sum(found) < len(found)
+
+
 def test_the_query_has_half_of_the_row_where_nothing_is_said() -> None:
     assert PairEncoder(tiny.wordpiece(), 40).settings.max_query_length == 20
 

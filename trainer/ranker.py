@@ -9,6 +9,7 @@ README.md                                            model card
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from data.pairing import PairTemplate
 from trainer import classic, onnxfile
 from trainer.card import Card, RankerFacts, ranker_readme
 from trainer.crossencoder import CrossEncoder, Teacher
@@ -29,9 +29,9 @@ TOLERANCE = 1e-4
 # Opens a folder as its users do: (folder, queries, passages) -> logits [n] in fp32.
 Reader = Callable[[Path, Sequence[str], Sequence[str]], Tensor]
 
-# Short, since readers cut long pairs in their own ways.
-_QUERIES = ("", "tower", "how tall is the tower?", "Wie groß ist der Fluß?", "温度を設定します")
-_PASSAGES = ("The tower is 330 metres tall.", "", "Выберите устройство.", "one line\nanother", "これは試験です。")
+# Short, since readers cut long pairs in their own ways; those that this model cuts are left out.
+_QUERIES = ("a", "", "tower", "how tall is the tower?", "Wie groß ist der Fluß?", "温度を設定します")
+_PASSAGES = ("b", "The tower is 330 metres tall.", "", "Выберите устройство.", "one line\nanother", "これは試験です。")
 
 
 def write(
@@ -86,7 +86,8 @@ def _write_files(teacher: Teacher, tokenizer: Any, folder: Path, dtype: str) -> 
 
 def _logits(module: CrossEncoder, teacher: Teacher) -> Tensor:
     """The model's own logits of the samples."""
-    ids, mask = pad(teacher.pairs.encode(_QUERIES, _PASSAGES), torch.arange(len(_QUERIES)).numpy(), teacher.padding_id)
+    queries, passages = _samples(teacher)
+    ids, mask = pad(teacher.pairs.encode(queries, passages), torch.arange(len(queries)).numpy(), teacher.padding_id)
     with torch.no_grad():
         logits: Tensor = module(ids, mask)[:, 0]
     return logits
@@ -94,15 +95,22 @@ def _logits(module: CrossEncoder, teacher: Teacher) -> Tensor:
 
 def _compare(ours: Tensor, teacher: Teacher, folder: Path, reader: Reader) -> float:
     """The largest difference between the model's logits and those of the reader and of transformers."""
-    queries, passages = _templated(teacher.pairs.settings.template)
+    queries, passages = _templated(teacher)
     theirs = (reader(folder, queries, passages), _transformers(folder, queries, passages))
     return float(torch.stack([(ours - logits).abs().max() for logits in theirs]).max())
 
 
-def _templated(template: PairTemplate) -> tuple[list[str], list[str]]:
-    """The samples as the cross-encoder reads them."""
-    queries = [template.query.replace("{query}", text) for text in _QUERIES]
-    return queries, [template.passage.replace("{passage}", text) for text in _PASSAGES]
+def _samples(teacher: Teacher) -> tuple[list[str], list[str]]:
+    """The pairs of short texts that this cross-encoder reads whole."""
+    whole = teacher.pairs.whole(_QUERIES, _PASSAGES)
+    return list(itertools.compress(_QUERIES, whole)), list(itertools.compress(_PASSAGES, whole))
+
+
+def _templated(teacher: Teacher) -> tuple[list[str], list[str]]:
+    """The same as it reads them."""
+    (queries, passages), template = _samples(teacher), teacher.pairs.settings.template
+    queries = [template.query.replace("{query}", text) for text in queries]
+    return queries, [template.passage.replace("{passage}", text) for text in passages]
 
 
 def _transformers(folder: Path, queries: Sequence[str], passages: Sequence[str]) -> Tensor:
@@ -125,7 +133,7 @@ def _tokens(folder: Path, queries: Sequence[str], passages: Sequence[str]) -> di
 def _write_graph(module: CrossEncoder, ours: Tensor, teacher: Teacher, folder: Path) -> onnxfile.Graphs:
     """Write the ONNX graph and run it in onnxruntime, all pairs together and one by one. Raises QuintetError."""
     classic.use_common_attention(module.backbone)
-    queries, passages = _templated(teacher.pairs.settings.template)
+    queries, passages = _templated(teacher)
     inputs = _tokens(folder, queries, passages)
     onnxfile.write(module.backbone, inputs, "logits", folder)
     session = onnxfile.Session(folder / onnxfile.FILE)

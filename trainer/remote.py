@@ -104,10 +104,11 @@ class Store:
 
     def _whole(self, place: str, write: Callable[[str], None]) -> None:
         """Write a file that nobody sees half: object storage does that itself, a plain folder by a new name."""
-        if not self._is_local:
-            return write(place)
-        write(f"{place}.part")
-        Path(f"{place}.part").replace(place)
+        if self._is_local:
+            write(f"{place}.part")
+            Path(f"{place}.part").replace(place)
+        else:
+            write(place)
 
     def _try_found(self, name: str, call: Callable[[str], Any]) -> Any:
         """What a call gives for the full path of `name`, None when that is not there."""

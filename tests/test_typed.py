@@ -1,0 +1,247 @@
+"""The command lines of the pages, typed: each runs to its end on small files that stand for the reader's.
+
+The page's words come first; what makes a stage small, and where its work goes, is put behind them.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jobs
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import teachers
+import tiny
+import yaml
+from pages import PAGES, PROGRAMS, ROOT, Command, commands
+from pairs import pairs, write_shards
+
+from data.records import Record
+from launcher import cli
+
+SMALL_TRAINING = [
+    *("steps=2", "warmup_steps=1", "lanes=4", "batch_size=16", "save_every_steps=2", "max_length=24", "device=cpu"),
+    *("wandb.mode=disabled", "precision=fp32", "log_every=1"),
+]
+# Behind the words of a page. OUT is a folder that is not there yet.
+SMALL = {
+    "pack": ["output=OUT", "workers=1", "vocab_size=400"],
+    "pretrain": [
+        *("run_dir=OUT", *SMALL_TRAINING, "eval.every_steps=2"),
+        *("model.layers=1", "model.hidden_size=32", "model.heads=2", "model.intermediate_size=64"),
+    ],
+    "teacher": ["run_dir=OUT", *SMALL_TRAINING, "negatives=3", "max_query_length=12"],
+    "finetune": ["run_dir=OUT", *SMALL_TRAINING, "negatives=3"],
+    "filter": ["output=OUT", "device=cpu", "pool_size=100", "max_length=24"],
+    "mine": ["output=OUT", "device=cpu", "precision=fp32", "negatives=3", "depth=20"],
+    "distill": ["device=cpu", "precision=fp32", "tokens_per_chunk=512"],
+    "encode": ["output=OUT", "device=cpu"],
+    "evaluate": ["output=OUT", "device=cpu"],
+    "search": ["device=cpu"],
+    "export": ["output=OUT"],
+    "decontaminate": ["output=OUT"],
+    "report": ["output=OUT.html", "device=cpu"],
+}
+# In the place of an ellipsis.
+LEFT_OUT = {
+    "pretrain": ["model.path=run/model", "data=shards"],
+    "finetune": ["model.path=run/model"],
+    "filter": ["model=run/model", "data=shards"],
+    "mine": ["model=run/model", "data=shards"],
+}
+# What is the reader's own, or of another size.
+THEIRS = {
+    "checkpoint=run/checkpoints/step-00010000": "checkpoint=run/checkpoints/step-00000004",
+    "teacher=TEACHER": "teacher=runs/teacher/model",
+    "dimensions=128": "dimensions=16",
+    "8": "2",  # of torchrun's --nproc-per-node
+}
+# The lines that are not typed here, by their first words, and why.
+ELSEWHERE = {
+    "bash configs/cluster/prepare.sh": "needs two hosts: test_cluster.py",
+    "sky": "rents machines: test_cluster.py does with the task what SkyPilot would do",
+    "sbatch": "needs a Slurm: test_slurm.py",
+    "quintet launch --slurm": "needs a Slurm: test_slurm.py",
+    "quintet launch --hostfile": "needs two hosts: test_hosts.py",
+    "quintet doctor --hostfile": "needs two hosts: test_hosts.py",
+    "quintet collect": "fetches packages: test_collect.py has small ones",
+    "quintet plan measure=": "takes minutes: test_plan.py measures with a small model",
+    "quintet launch --ranks 2 plan measure=": "takes minutes: test_plan.py measures with a small model",
+    "quintet plan --config my.yaml": "needs what these measure: test_plan.py",
+    "quintet dashboard": "needs a server of W&B: test_dashboard.py stands in for it",
+    "quintet evaluate model=run/model tasks=": "fetches data sets: test_benchmark.py has copies",
+    "quintet evaluate model=runs/mine output=runs/mine tasks=": "fetches data sets: test_benchmark.py has copies",
+    "quintet launch evaluate model=run/model tasks=": "fetches data sets: test_benchmark.py has copies",
+    "wandb": "is a program for a terminal: test_monitoring.py asks it for its summary",
+    "make": "is what .ci/run calls; make demo takes minutes, and its steps are those of docs/quickstart.md",
+    ".ci/run": "is what runs this test",
+    "git": "is no command of ours",
+    "sudo": "is no command of ours",
+    "pip": "fetches packages",
+    "export": "sets a variable",
+}
+
+
+def _line(command: Command) -> str:
+    return " ".join(command.words).removeprefix(".venv/bin/")
+
+
+def _is_elsewhere(command: Command) -> bool:
+    return any(_line(command).startswith(words) for words in ELSEWHERE)
+
+
+# One page has messages for commands, and test_quickstart.py types the other from its first line to its last.
+LEFT = ("troubleshooting.md", "quickstart.md")
+ALL = [command for page in PAGES if page.name not in LEFT for command in commands(page)]
+ALL = [command for command in ALL if command.words[0] in PROGRAMS]
+TYPED = [command for command in ALL if not _is_elsewhere(command)]
+
+
+def _jsonl(records: Sequence[Record]) -> bytes:
+    keys = {"title": "query", "body": "passage", "query": "query", "passage": "passage", "lang": "lang"}
+    rows = ({name: getattr(record, key) for name, key in keys.items()} for record in records)
+    return b"".join(orjson.dumps(row) + b"\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the pages name: texts, shards, models, runs, scores, benchmarks."""
+    desk = tmp_path_factory.mktemp("desk")
+    shutil.copytree(ROOT / "configs", desk / "configs")
+    _texts(desk)
+    _models(desk)
+    _shards(desk)
+    _beir(desk / "beir/scifact", pairs(40, seed=3))
+    shutil.copytree(desk / "beir/scifact", desk / "beir/msmarco")
+    words = jobs.settings(desk, run_dir=desk / "run", steps=4, save_every_steps=1, keep_last=4, device="cpu")
+    assert cli.main(["pretrain", *words, f"data={desk}/shards", f"eval.data={desk}/shards/holdout.jsonl"]) == 0
+    for name in ("first", "second", "mine", "noisy", "e5-small"):
+        shutil.copytree(desk / "run", desk / "runs" / name)
+    shutil.copytree(desk / "run", desk / "noisy")
+    shutil.copytree(desk / "run/model", desk / "runs/a/model")
+    scores = ["distill", f"teacher={desk}/runs/teacher/model", f"data={desk}/mined", f"scores={desk}/scores"]
+    assert cli.main([*scores, *SMALL["distill"]]) == 0
+    for name in ("e5", "me5"):
+        shutil.copytree(desk / "scores", desk / "scores-of" / name)
+        shutil.move(desk / "scores-of" / name, desk / "scores" / name)
+    return desk
+
+
+def _texts(desk: Path) -> None:
+    for name in ("pairs.jsonl", "my-pairs.jsonl", "pairs/part.jsonl", "labelled/part.jsonl", "demo/pairs/part.jsonl"):
+        (desk / name).parent.mkdir(parents=True, exist_ok=True)
+        (desk / name).write_bytes(_jsonl(pairs(200)))
+    (desk / "ccpairs").mkdir()
+    with pa.output_stream(desk / "ccpairs/part.jsonl.zst", compression="zstd") as file:
+        file.write(_jsonl(pairs(50)))
+    (desk / "wiki").mkdir()
+    columns = {"title": [pair.query for pair in pairs(50)], "body": [pair.passage for pair in pairs(50)]}
+    pq.write_table(pa.table(columns), desk / "wiki/part.parquet")
+    with pa.output_stream(desk / "qa.csv.gz", compression="gzip") as file:
+        file.write(("title,body\n" + "".join(f"{p.query},{p.passage}\n" for p in pairs(50, seed=1))).encode())
+    for name in ("texts.txt", "passages.txt"):
+        (desk / name).write_text("".join(f"{pair.passage}\n" for pair in pairs(30)))
+    for name in ("de-en.tsv", "translations.tsv"):
+        (desk / name).write_text("".join(f"{pair.query}\t{pair.passage}\n" for pair in pairs(30)))
+    (desk / "pairs.tsv").write_text("".join(f"{p.query}\t{p.passage}\t{n % 5}\n" for n, p in enumerate(pairs(30))))
+
+
+def _models(desk: Path) -> None:
+    """The hub's ids are folders here, which come first."""
+    for name in ("bert", "google-bert/bert-base-uncased", "microsoft/MiniLM-L12-H384-uncased", "other/model"):
+        tiny.bert(desk / name)
+    of_xlmr = ("FacebookAI/xlm-roberta-base", "microsoft/Multilingual-MiniLM-L12-H384")
+    for name in (*of_xlmr, "intfloat/multilingual-e5-small", "demo-full/e5-small"):
+        tiny.xlmr(desk / name)
+    tiny.bert(desk / "runs/multilingual-e5-base/model")
+    teachers.bert(desk / "runs/teacher/model")
+    teachers.electra(desk / "google/electra-base-discriminator")
+
+
+def _shards(desk: Path) -> None:
+    """Pairs with negatives, where they are needed and where they are not: scores of one folder are those of all."""
+    of_mixtures = [
+        source["shards"].removeprefix("../../")
+        for file in ("me5-pretrain", "me5-finetune", "e5-finetune")
+        for source in yaml.safe_load((ROOT / f"configs/mixtures/{file}.yaml").read_text())["sources"].values()
+    ]
+    of_pages = "shards kept filtered labelled folder mined shards/ccpairs shards/labelled shards/all shards/mined"
+    for name in {*of_mixtures, *of_pages.split()}:
+        write_shards(desk / name, pairs(120, negatives=7))
+    for name in ("shards", "demo-full/shards"):
+        (desk / name).mkdir(parents=True, exist_ok=True)
+        (desk / name / "holdout.jsonl").write_bytes(_jsonl(pairs(40, seed=2)))
+    tiny.wordpiece().save_pretrained(desk / "shards/tokenizer")
+
+
+def _beir(folder: Path, records: Sequence[Record]) -> None:
+    (folder / "qrels").mkdir(parents=True)
+    documents = [{"_id": f"d{n}", "title": "", "text": record.passage} for n, record in enumerate(records)]
+    queries = [{"_id": f"q{n}", "text": record.query} for n, record in enumerate(records)]
+    (folder / "corpus.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in documents))
+    (folder / "queries.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in queries))
+    judged = "".join(f"q{n}\td{n}\t1\n" for n in range(len(records)))
+    (folder / "qrels/test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
+
+
+_numbers = itertools.count()
+
+
+def _small(command: Command) -> list[str]:
+    """The words of a command with what makes it small behind them, where the keys begin."""
+    words = [THEIRS.get(word, word) for word in command.words]
+    left_out = any(word in ("...", "…") or word.endswith("=...") for word in words)
+    words = [word for word in words if word not in ("...", "…") and not word.endswith("=...")]
+    if words[-1] == "--config":
+        words.pop()
+    stage = next(word for word in words if word in cli.STAGES or word == "doctor")
+    if stage == "doctor":
+        stage = next((word for word in words if word in cli.STAGES), "")
+    extra = [*(LEFT_OUT.get(stage, []) if left_out else []), *SMALL.get(stage, [])]
+    if stage == "distill" and "check=true" not in words:
+        extra.append("scores=OUT")
+    if stage == "evaluate" or (stage == "pretrain" and "--config" not in words):
+        extra = [word for word in extra if not word.startswith("eval.")]
+    return [*words, *(word.replace("OUT", f"out/{next(_numbers)}") for word in extra)]
+
+
+@pytest.mark.parametrize("command", TYPED, ids=str)
+def test_a_command_line_of_a_page_runs_to_its_end(
+    command: Command, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(desk)
+    words = _small(command)
+    if "serve=true" in words:
+        _serve(words, desk / "served.log")
+    elif words[0] == "quintet" and words[1] != "launch":
+        monkeypatch.setattr("sys.stdin", io.StringIO("river stone\n"))
+        assert cli.main(words[1:]) == 0, capsys.readouterr().err
+    else:
+        assert jobs.run([str(Path(jobs.QUINTET).parent / words[0]), *words[1:]], desk / "job.log") == 0
+
+
+def _serve(words: list[str], log: Path) -> None:
+    """A page that is opened until Ctrl-C."""
+    job = jobs.start([jobs.QUINTET, *words[1:], "port=0"], log)
+    try:
+        while "http://127.0.0.1" not in log.read_text():
+            assert job.poll() is None, log.read_text()
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGINT)
+        assert job.wait(60) == cli.EXIT_INTERRUPTED, log.read_text()
+    finally:
+        jobs.end(job)
+
+
+def test_a_reason_not_to_type_a_line_is_that_of_a_line() -> None:
+    lines = [_line(command) for command in ALL]
+    assert all(any(line.startswith(words) for line in lines) for words in ELSEWHERE)
