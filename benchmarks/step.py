@@ -110,6 +110,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
             *(*searches, *tables),
             table(f"resident memory of one step, {first}", memory),
             table("arithmetic of a step beside that of a large product", shares),
+            table("what the table of word vectors takes of a step", _words(QUICK if quick else LARGE)),
         ],
         "targets": [
             *(
@@ -154,11 +155,14 @@ class Sides:
         for model in (self.peer_model, self.engine.module, self.plain):
             model.train(on)
 
-    def ours(self, tokens_per_chunk: int, budget: float | None, batch: Batch | None = None) -> Callable[..., Any]:
+    def ours(
+        self, tokens_per_chunk: int, budget: float | None, batch: Batch | None = None, share_words: bool = True
+    ) -> Callable[..., Any]:
         """The step that `quintet pretrain` runs."""
         stepper = Stepper(
             *(self.engine, self.objective, SEED, PADDING, tokens_per_chunk, budget),
             packed=self._on_gpu,
+            share_words=share_words,
         )
         return lambda lr=LR: stepper(batch or self.batch, 0, lr)
 
@@ -414,6 +418,30 @@ def _share(case: Case) -> dict[str, Any]:
         "share": step / product,
         "wanted": 0.3 if half else 0.7,
     }
+
+
+# --- the table of word vectors ---------------------------------------------------------------------------------------
+
+
+def _words(case: Case) -> list[dict[str, object]]:
+    """The step of a large vocabulary, its table's gradient written once or in every chunk, beside that of an eighth."""
+    small = in_child(_steps_by_words, replace(case, vocabulary=case.vocabulary // 8))["once"]
+    return [
+        {
+            "the table's gradient is written": name,
+            "s": seconds,
+            "longer than with an eighth of the pieces": f"{seconds / small - 1:.0%}",
+        }
+        for name, seconds in in_child(_steps_by_words, case).items()
+    ]
+
+
+def _steps_by_words(case: Case) -> dict[str, float]:
+    """Seconds of the step that writes the table's gradient once, and of the one that does so in every chunk."""
+    sides, chunk = Sides(case), case.chunks[len(case.chunks) // 2]
+    ways = {"once": True, "in every chunk": False}
+    steps = {name: sides.ours(chunk, KEEP_ALL, share_words=shared) for name, shared in ways.items()}
+    return {name: timing.median for name, timing in alternate(steps, case.repeats).items()}
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

@@ -32,13 +32,11 @@ SMALL_TRAINING = [
     *("steps=2", "warmup_steps=1", "lanes=4", "batch_size=16", "save_every_steps=2", "max_length=24", "device=cpu"),
     *("wandb.mode=disabled", "precision=fp32", "log_every=1"),
 ]
+NARROW = ["model.layers=1", "model.hidden_size=32", "model.heads=2", "model.intermediate_size=64"]
 # Behind the words of a page. OUT is a folder that is not there yet.
 SMALL = {
     "pack": ["output=OUT", "workers=1", "vocab_size=400"],
-    "pretrain": [
-        *("run_dir=OUT", *SMALL_TRAINING, "eval.every_steps=2"),
-        *("model.layers=1", "model.hidden_size=32", "model.heads=2", "model.intermediate_size=64"),
-    ],
+    "pretrain": ["run_dir=OUT", *SMALL_TRAINING, *NARROW],
     "teacher": ["run_dir=OUT", *SMALL_TRAINING, "negatives=3", "max_query_length=12"],
     "finetune": ["run_dir=OUT", *SMALL_TRAINING, "negatives=3"],
     "filter": ["output=OUT", "device=cpu", "pool_size=100", "max_length=24"],
@@ -103,7 +101,7 @@ def _is_elsewhere(command: Command) -> bool:
 LEFT = ("troubleshooting.md", "quickstart.md")
 ALL = [command for page in PAGES if page.name not in LEFT for command in commands(page)]
 ALL = [command for command in ALL if command.words[0] in PROGRAMS]
-TYPED = [command for command in ALL if not _is_elsewhere(command)]
+TYPED = list({_line(command): command for command in ALL if not _is_elsewhere(command)}.values())
 
 
 def _jsonl(records: Sequence[Record]) -> bytes:
@@ -209,8 +207,6 @@ def _small(command: Command) -> list[str]:
     extra = [*(LEFT_OUT.get(stage, []) if left_out else []), *SMALL.get(stage, [])]
     if stage == "distill" and "check=true" not in words:
         extra.append("scores=OUT")
-    if stage == "evaluate" or (stage == "pretrain" and "--config" not in words):
-        extra = [word for word in extra if not word.startswith("eval.")]
     return [*words, *(word.replace("OUT", f"out/{next(_numbers)}") for word in extra)]
 
 
