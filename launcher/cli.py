@@ -301,7 +301,8 @@ def _configure_logging() -> None:
 
 def _rank() -> int:
     """This process's number among those of its job: from the deepspeed or torchrun launcher, or from Slurm."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(number) if number.isdecimal() else 0  # distributed.place says what is wrong with it
 
 
 def _say(text: str) -> None:

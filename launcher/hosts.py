@@ -124,6 +124,9 @@ class HostRanks:
         for program in ("pdsh", "ssh"):
             if not shutil.which(program):
                 raise UserError(f"--hostfile: {program} is not on the PATH of this machine; install it, or use Slurm")
+        for place in (os.getcwd(), sys.executable, str(shared.absolute())):
+            if " " in place:  # deepspeed quotes nothing of what it has pdsh type there
+                raise UserError(f"--hostfile: {place}: a path with a blank does not reach the other hosts; rename it")
         self._board = Board(shared / f".launch-{secrets.token_hex(4)}")
         try:
             self._board.folder.mkdir(parents=True)

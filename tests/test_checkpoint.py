@@ -390,3 +390,9 @@ def test_a_manifest_is_plain_json_that_others_can_read(tmp_path: Path) -> None:
     manifest = json.loads((_save(tmp_path, 1).folder / MANIFEST).read_text())
     assert manifest["files"]["optimizer.bin"]["bytes"] == 1000
     assert manifest["data"]["epoch"] == STATE["data"]["epoch"]  # type: ignore[index]
+
+
+def test_one_that_must_go_and_cannot_is_named(tmpfs: Callable[[str], Path]) -> None:
+    mounted = tmpfs("1m")  # the kernel renames no folder that something is mounted on
+    with pytest.raises(UserError, match=r"must not be used any more and cannot be deleted .*; delete it"):
+        checkpoint.discard(checkpoint.Checkpoint(mounted, 3, {}))

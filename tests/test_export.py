@@ -484,7 +484,7 @@ class _Hub(ThreadingHTTPServer):
     def __init__(self, private: bool) -> None:
         super().__init__(("127.0.0.1", 0), _HubHandler)
         self.private, self.created, self.files, self.tokens = private, {}, {}, set()
-        self.there, self.deleted = ["onnx/model.onnx", "README.md", "notes.txt"], []
+        self.there, self.deleted, self.refuses = ["onnx/model.onnx", "README.md", "notes.txt"], [], False
 
     @property
     def address(self) -> str:
@@ -506,7 +506,12 @@ class _HubHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.tokens.add(self.headers["Authorization"])
-        if self.path == "/api/repos/create":
+        if self.server.refuses:
+            self.send_response(400)
+            self.send_header("Content-Length", "0")
+            self.send_header("X-Error-Message", "this name is reserved")
+            self.end_headers()
+        elif self.path == "/api/repos/create":
             self.server.created = json.loads(body)
             self._answer({"url": f"{self.server.address}/org/name"})
         elif self.path == "/api/validate-yaml":
@@ -585,6 +590,16 @@ def test_nothing_goes_to_a_public_repository_where_a_private_one_was_asked_for(r
     export.run(export.Config(run_dir=str(run_dir), push="org/name", private=False, overwrite=True))
     assert hub_server.created["visibility"] == "public"
     assert "model.safetensors" in hub_server.files
+
+
+@pytest.mark.parametrize("hub_server", [True], indirect=True)
+def test_what_the_hub_says_to_a_push_is_told_and_the_export_stays(run_dir: Path, hub_server: _Hub) -> None:
+    hub_server.refuses = True
+    with pytest.raises(
+        UserError, match=r"the hub refused: .*this name is reserved.*; the export is in .*/model, so start again"
+    ):
+        export.run(export.Config(run_dir=str(run_dir), push="org/name"))
+    assert (run_dir / "model" / "model.safetensors").is_file()
 
 
 def test_a_dry_run_lists_files_with_their_sizes_and_needs_no_token(

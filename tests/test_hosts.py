@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +36,10 @@ def _may_make_namespaces() -> bool:
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0
+    or " " in sys.executable
     or not all(shutil.which(name, path=SBIN) for name in ("ip", "sshd", "ssh", "pdsh"))
     or not _may_make_namespaces(),
-    reason="needs iproute2, openssh-server, pdsh, root and the right to make network namespaces",
+    reason="needs iproute2, openssh-server, pdsh, root, the right to make namespaces, and a path without blanks",
 )
 
 

@@ -15,8 +15,10 @@ import psutil
 import pytest
 from test_resume import trajectory
 
+from data.errors import UserError
 from launcher import cli, local
 from launcher.local import job_code, shares
+from trainer import distributed
 
 LAUNCH = [jobs.QUINTET, "launch"]
 
@@ -178,3 +180,21 @@ def test_cores_are_dealt_out_in_runs() -> None:
     assert shares([0, 1, 2, 3, 8, 9], 2) == [[0, 1, 2], [3, 8, 9]]
     assert shares([0, 1, 2], 2) == [[0], [1]]
     assert shares([4, 5], 3) == [[4, 5]] * 3
+
+
+def test_a_host_that_does_not_see_the_shared_folder_says_so(tmp_path: Path) -> None:
+    words, environment = [*LAUNCH, "--on-host", str(tmp_path / "board")], {**jobs.environment(), "RANK": "1"}
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert f"is not there on {os.uname().nodename}; run_dir must lie on a disk that all hosts share" in ended.stderr
+
+
+def test_an_address_that_is_missing_or_unknown_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    with pytest.raises(UserError, match=r"MASTER_ADDR is not set: start with slurm/pretrain\.sh"):
+        distributed._complete_rendezvous()
+    monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
+    monkeypatch.setenv("MASTER_PORT", "29000")
+    with pytest.raises(UserError, match=r"MASTER_ADDR=nowhere\.invalid does not resolve"):
+        distributed._complete_rendezvous()

@@ -309,7 +309,13 @@ def test_a_world_that_does_not_divide_the_lanes_is_refused_with_what_fits() -> N
 
 
 @pytest.mark.parametrize(
-    ("weight", "text"), [(0.0, "no source has a weight"), (-1.0, "weight"), (float("nan"), "weight")]
+    ("weight", "text"),
+    [
+        (0.0, "no source has a weight"),
+        (-1.0, "weight"),
+        (float("nan"), "weight"),
+        (float("inf"), "is no number of 0 or more"),
+    ],
 )
 def test_weights_that_choose_nothing_are_refused(weight: float, text: str) -> None:
     with pytest.raises(UserError, match=text):

@@ -262,7 +262,9 @@ def test_a_shard_that_is_not_the_one_of_the_index_is_never_read(source: Path, ur
     assert kept(cache) == []
 
 
-@pytest.mark.parametrize(("limit", "said"), [("lots", "write 200"), ("-1", "write 200"), ("0.000001", "raise it")])
+@pytest.mark.parametrize(
+    ("limit", "said"), [("lots", "write 200"), ("-1", "write 200"), ("0.000001", "a shard of .* GB; raise it")]
+)
 def test_a_limit_that_cannot_be_is_told(url: str, monkeypatch: pytest.MonkeyPatch, limit: str, said: str) -> None:
     monkeypatch.setenv("QUINTET_CACHE_GB", limit)
     with pytest.raises(UserError, match=rf"QUINTET_CACHE_GB={limit}.*{said}"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 import tiny
 import torch
 from playwright.sync_api import Browser, Page
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
+from data.errors import NumericError
 from launcher.cli import main
 from trainer import charts, closeup, report, reporting, reportpage, runlog
 from trainer.journal import Journal
@@ -275,6 +278,15 @@ def test_a_run_has_one_colour_and_its_button_hides_it_everywhere(hostile: Opened
 def test_only_keys_that_differ_are_compared(hostile: Opened) -> None:
     table = hostile.page.locator("table", has_text="Keys that differ").first
     assert table.locator("tbody th").all_inner_texts() == ["model.path"]
+
+
+def test_a_model_of_nan_is_named(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    broken = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
+    save_file(broken, tmp_path / "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(NumericError, match="gives vectors with NaN or infinity; its weights are broken"):
+        closeup.look(str(tmp_path / "model"), str(run_folder.parent / "holdout.jsonl"), 6, torch.device("cpu"))
 
 
 # --- texts, numbers and embeddings ------------------------------------------------------------------------------

@@ -172,3 +172,9 @@ def test_broken_weights_are_no_ranking(tmp_path: Path, model: str, monkeypatch: 
     monkeypatch.setattr("trainer.embed.encode", lambda encoder, tokens, **more: torch.full((len(tokens), 2), torch.nan))
     with pytest.raises(NumericError, match="broken"):
         search.run(_config(model, _lines(tmp_path), query="x"))
+
+
+def test_questions_that_are_no_utf8_are_told(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("größer\n".encode("latin-1")), encoding="utf-8"))
+    with pytest.raises(UserError, match=r"the standard input is no UTF-8 \("):
+        search.run(_config(model, _lines(tmp_path)))

@@ -218,7 +218,7 @@ def test_three_shards_on_eight_ranks_give_equal_steps(tmp_path: Path, tokenizer:
 
 
 def test_a_world_that_does_not_fit_is_refused(tmp_path: Path, sources: Any, tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="world size 3"):
+    with pytest.raises(UserError, match="not divisible by the world size 3"):
         stream(load(tmp_path, ["arrow"]), tokenizer, world=3)
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
+import io
 import os
 import re
 import shlex
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
 import pytest
+import teachers
 import tiny
 import torch
 from messages import GAP, Site, sites
@@ -63,6 +69,8 @@ ELSEWHERE = {
 }
 
 TRAIN = "quintet pretrain data=shards run_dir=run model.path=model"
+TEACH = "quintet teacher data=shards run_dir=run tokenizer=model device=cpu wandb.mode=disabled"
+SMALL = "batch_size=16 lanes=4 max_length=24 steps=3 warmup_steps=1 device=cpu wandb.mode=disabled"
 # Entries of the page, and command lines that end with one of their messages.
 PROVOKED = {
     "A command or an option does not exist": [
@@ -81,6 +89,7 @@ PROVOKED = {
         f"{TRAIN} model=small",
         f"{TRAIN} steps",
         f"{TRAIN} --steps",
+        f"{TRAIN} list.yaml",
         f"{TRAIN} objective=ranking",
         f"{TRAIN} --config twice.yaml",
         "quintet pretrain run_dir=run",
@@ -96,6 +105,9 @@ PROVOKED = {
         f"{TRAIN} batch_size=1",
         f"{TRAIN} 'betas=[1'",
         f"{TRAIN} 'steps=!!python/name:os.system x'",
+        f"{TRAIN} 'betas=[!!float x, \"${{seed}}\"]'",
+        f"{TRAIN} --config deep.yaml",
+        f"{TRAIN} --config alias.yaml",
     ],
     "A configuration file cannot be read": [
         f"{TRAIN} --config nowhere.yaml",
@@ -125,6 +137,8 @@ PROVOKED = {
         "quintet filter model=model data=shards output=kept plant_noise=1",
         "quintet mine model=model data=shards output=mined negatives=2 random_negatives=3",
         "quintet plan cluster.gpus=[]",
+        f"{TRAIN} loss.teacher_margin=0.1",
+        "quintet export checkpoint=model output=copy average=2",
     ],
     "The batch does not divide": [f"{TRAIN} batch_size=100"],
     "The input is not there or of no known kind": [
@@ -134,6 +148,9 @@ PROVOKED = {
         "quintet pack output=new input=texts.txt",
         "quintet pack output=new input=empty",
         "quintet pack output=new input=[]",
+        "quintet pack output=new input=indexed",
+        "quintet pack output=new input=judged",
+        "quintet pack output=new input=lonely/qrels/train.tsv",
     ],
     "The columns are not found": [
         "quintet pack output=new input=pairs.jsonl columns.query=title",
@@ -179,22 +196,43 @@ PROVOKED = {
         "quintet filter model=model output=kept data=list.yaml",
         "quintet filter model=model output=kept data=weights.yaml",
         "quintet filter model=model output=kept data=[weights.yaml,shards]",
+        "quintet filter model=model output=kept data=again.yaml",
+        "quintet filter model=model output=kept data=names.yaml",
+    ],
+    "A source is too small or has no weight": [
+        f"{TRAIN} data=weightless.yaml {SMALL}",
+        f"{TRAIN} {SMALL} lanes=256 batch_size=256",
     ],
     "A store does not answer": [
         "quintet filter model=model output=kept data=ftp://example.org/shards",
         "quintet filter model=model output=kept 'data=pipe:cat shards/pairs-000000.tar'",
+        "quintet filter model=model output=kept data=gs://bucket/pairs-000000.tar",
     ],
     "A model cannot be opened": [
         "quintet search model=nowhere input=texts.txt query=a",
         "quintet search model=empty input=texts.txt query=a",
         "quintet search model=hollow input=texts.txt query=a",
+        f"{TRAIN} {SMALL} model.path=random tokenizer=model model.architecture=nothing",
+        "quintet export checkpoint=[model,other] output=copy",
+        "quintet plan model.path=sizeless",
+        f"{TEACH} max_length=64 model.path=partial",
+        f"{TEACH} model.path=nowhere",
     ],
     "Tokenizer and model do not fit": [
         "quintet pack input=pairs.jsonl output=new tokenizer=empty",
         "quintet evaluate model=model data=pairs.jsonl output=new max_length=5000",
+        f"{TRAIN} {SMALL} model.path=narrow",
+        f"{TRAIN} {SMALL} loss.guide.path=short",
     ],
-    "A teacher cannot be used": ["quintet distill teacher=model data=shards scores=scores"],
-    "Negatives are missing or too few": ["quintet mine model=model data=shards output=mined corpus=nowhere"],
+    "A teacher cannot be used": [
+        "quintet distill teacher=model data=shards scores=scores",
+    ],
+    "Negatives are missing or too few": [
+        "quintet mine model=model data=shards output=mined corpus=nowhere",
+        "quintet mine model=model data=shards output=of-judged corpus=judged",
+        "quintet mine model=model data=shards output=of-latin corpus=latin",
+        "quintet mine model=model data=shards output=of-foldered corpus=foldered",
+    ],
     "The output is there already": [
         "quintet pack input=pairs.jsonl output=shards",
         "quintet pack input=pairs.jsonl output=pairs.jsonl",
@@ -202,30 +240,55 @@ PROVOKED = {
         "quintet export checkpoint=model output=empty",
     ],
     "A folder cannot be written, or the disk is full": [
-        "quintet pack input=pairs.jsonl workers=1 output=texts.txt/new"
+        "quintet pack input=pairs.jsonl workers=1 output=texts.txt/new",
+        "quintet filter model=model data=shards output=texts.txt/new",
+        "quintet evaluate model=model data=pairs.jsonl output=texts.txt/new",
+        "quintet launch --hostfile hosts encode model=model input=texts.txt output=texts.txt/new/er",
+        f"{TRAIN} run_dir=texts.txt/run {SMALL}",
     ],
-    "A run does not go on": ["quintet export run_dir=empty"],
-    "Numbers that are not finite": ["quintet search model=nan input=texts.txt query=a"],
-    "Ranks do not find each other": ["RANK=3 WORLD_SIZE=2 quintet filter model=model data=shards output=kept"],
+    "A run does not go on": [
+        "quintet export run_dir=empty",
+        f"{TRAIN} run_dir=harmed {SMALL}",
+        f"{TRAIN} run_dir=rolled {SMALL}",
+    ],
+    "Numbers that are not finite": [
+        "quintet search model=nan input=texts.txt query=a",
+        "quintet encode model=long input=texts.txt output=new dtype=float16 device=cpu",
+    ],
+    "Ranks do not find each other": [
+        "RANK=3 WORLD_SIZE=2 quintet filter model=model data=shards output=kept",
+        "RANK=first quintet filter model=model data=shards output=kept",
+    ],
     "A GPU is not seen": ["CUDA_VISIBLE_DEVICES= quintet search model=model input=texts.txt query=a device=cuda"],
     "The launcher cannot start": [
         "quintet launch --hostfile nowhere encode model=model input=texts.txt output=new",
         "quintet launch --hostfile empty.jsonl encode model=model input=texts.txt output=new",
         "quintet launch --hostfile texts.txt encode model=model input=texts.txt output=new",
         "quintet launch --slurm encode model=model input=texts.txt output=new",
+        "PATH=nowhere quintet launch --slurm evaluate model=model data=pairs.jsonl output=new",
+        "PATH=nowhere quintet launch --hostfile hosts encode model=model input=texts.txt output=new",
+        "quintet launch --hostfile hosts encode model=model input=texts.txt 'output=my place/new'",
     ],
     "W&B or TensorBoard cannot be had": [
         "quintet teacher data=shards run_dir=run model.path=model wandb.examples=3",
         "WANDB_BASE_URL=http://127.0.0.1:9 WANDB_API_KEY= NETRC=nowhere quintet dashboard",
     ],
-    "The mirror in object storage": [f"{TRAIN} mirror=a::b", f"{TRAIN} mirror=s3://me:secret@bucket/run"],
+    "The mirror in object storage": [
+        f"{TRAIN} mirror=a::b",
+        f"{TRAIN} mirror=s3://me:secret@bucket/run",
+        f"{TRAIN} mirror=harmed {SMALL}",
+    ],
     "Evaluation data are not readable": [
         "quintet evaluate model=model output=new data=nowhere",
         "quintet evaluate model=model output=new data=texts.txt",
         "quintet evaluate model=model output=new data=empty",
         "quintet evaluate model=model output=new data=empty.jsonl",
         "quintet evaluate model=model output=new data=[]",
+        "quintet evaluate model=model output=new data=judged split=train",
         "quintet evaluate model=model output=new data=[pairs.jsonl,pairs.jsonl]",
+        "quintet evaluate model=model output=new data=unread",
+        "quintet evaluate model=model output=new sts=half.jsonl",
+        "quintet evaluate model=model output=new data=pairs.jsonl sts=pairs.tsv",
     ],
     "A task of a benchmark is not known or has no result": [
         "quintet evaluate model=model output=scores tasks=beer",
@@ -240,6 +303,11 @@ PROVOKED = {
         "quintet evaluate model=model output=scores sts=pairs.jsonl",
         "quintet evaluate model=model output=scores classification=empty",
         "quintet evaluate model=model output=scores reranking=pairs.jsonl",
+        "quintet evaluate model=model output=scores reranking=texts.txt",
+        "quintet evaluate model=model output=scores classification=alike",
+        "quintet evaluate model=model output=scores reranking=empty.jsonl",
+        "quintet evaluate model=model output=scores sts=latin.tsv",
+        "quintet evaluate model=model output=scores sts=rows.jsonl",
     ],
     "Texts to encode or search are not readable": [
         "quintet search model=model query=a input=nowhere",
@@ -248,15 +316,17 @@ PROVOKED = {
         "quintet search model=model query=a input=bad.jsonl",
     ],
     "An export cannot be as asked": [
-        "quintet export checkpoint=model output=new int8=true",
-        "quintet export checkpoint=model output=new dry_run=true",
-        "quintet export checkpoint=model output=new dimensions=9999",
+        "quintet export checkpoint=model output=copy int8=true",
+        "quintet export checkpoint=model output=copy dry_run=true",
+        "quintet export checkpoint=model output=copy dimensions=9999",
+        "quintet export checkpoint=teacher output=copy onnx=true int8=true",
+        "quintet export checkpoint=teacher output=copy dimensions=8",
     ],
     "The hub refuses an upload": ["HF_HUB_OFFLINE=1 HF_TOKEN=x quintet export checkpoint=model output=up push=me/mine"],
     "Overlaps cannot be looked for or left out": [
         "quintet decontaminate data=shards against=pairs.jsonl drop=[query]",
-        "quintet decontaminate data=shards against=pairs.jsonl drop=[words] output=new",
-        "quintet decontaminate data=shards against=pairs.jsonl drop=[query] output=new workers=1",
+        "quintet decontaminate data=shards against=pairs.jsonl drop=[words] output=apart",
+        "quintet decontaminate data=shards against=pairs.jsonl drop=[query] output=apart workers=1",
         "quintet decontaminate data=shards against=pairs.jsonl ngram=3",
     ],
     "The search cannot be asked, or its page not opened": [
@@ -275,11 +345,28 @@ PROVOKED = {
     "A plan cannot be made": [
         "quintet plan model.path=model cluster.device=cpu",
         "quintet plan model.path=model measured=[pairs.jsonl]",
+        "quintet plan model.path=model measured=[old.json]",
+        "quintet plan model.path=model measured=[card.json] precision=fp32",
     ],
+}
+# Command lines, and what is said where a package is not installed.
+MISSING = {
+    "faiss": (
+        "quintet mine model=model data=shards output=near index=IVF4,Flat device=cpu",
+        "index: needs faiss, which is not installed",
+    ),
+    "onnx": (
+        "quintet export checkpoint=model output=graph onnx=true",
+        "onnx=true: needs …; pip install 'quintet[onnx]'",
+    ),
+    "mteb": (
+        "quintet evaluate model=model output=new sts=pairs.tsv",
+        "tasks and local files other than data need the library mteb",
+    ),
+    "wandb_workspaces": ("quintet dashboard project=mine", "dashboard: wandb-workspaces is not installed"),
 }
 # Entries whose messages take more: ranks, signals, a whole run. The test that brings one about.
 SHOWN = {
-    "A source is too small or has no weight": "test_order.py::test_weights_that_choose_nothing_are_refused",
     "Scores are missing": "test_scores.py::test_a_cache_is_found_by_its_folder_or_by_its_teachers",
     "Another job works there": (
         "test_parts.py::test_another_job_is_refused_while_the_folder_is_held_and_other_ranks_are_not"
@@ -300,6 +387,7 @@ ADVICE = {
 }
 
 
+RATES = '{"products": 1, "elements": 1, "layer_pass": 1, "loss": 1, "update": 1, "step": 1}'
 FILES = {
     "odd.jsonl": '{"first": "a", "second": "b"}\n',
     "bad.jsonl": '{"query": "", "passage": "a"}\n{"query": 3, "passage": "b"}\n{"query\n',
@@ -311,6 +399,34 @@ FILES = {
     "twice.yaml": "steps: 3\nsteps: 4\n",
     "weights.yaml": "sources: {a: {shards: shards, weight: 1}, b: {shards: shards}}\n",
     "bare.yaml": "tokenizer: no\n",
+    "deep.yaml": "steps: " + "[" * 9000,
+    "alias.yaml": "betas: &a [*a]\n",
+    "again.yaml": "sources: {a: {shards: shards}, a: {shards: shards}}\n",
+    "names.yaml": "sources: {3: {shards: shards}, b: {shards: 4}}\n",
+    "weightless.yaml": "sources: {a: {shards: shards, weight: 0}}\n",
+    "indexed/state.json": '{"_indices_data_files": [{"filename": "indices.arrow"}]}',
+    "judged/corpus.jsonl": '{"_id": "d", "text": "a"}\n',
+    "judged/queries.jsonl": '{"_id": "q", "text": "b"}\n',
+    "judged/qrels/train.tsv": "query-id\tcorpus-id\tscore\nq\td\n",
+    "harmed/run.json": "{",
+    "rolled/rollbacks.json": "{",
+    "lonely/qrels/train.tsv": "query-id\tcorpus-id\tscore\nq\td\t1\n",
+    "hosts": "worker-1 slots=1\n",
+    "unread/corpus.jsonl": '{"_id": "d", "text\n',
+    "unread/queries.jsonl": '{"_id": "q", "text": "b"}\n',
+    "unread/qrels/test.tsv": "query-id\tcorpus-id\tscore\nq\td\t1\n",
+    "foldered/corpus.jsonl": '{"_id": "d", "text": "a"}\n',
+    "foldered/corpus.jsonl.old/part": "",
+    "pairs.tsv": "a\tb\t1\nc\td\t2\n",
+    "latin/corpus.jsonl": '{"_id": "d", "text": "a"}\n',
+    "half.jsonl": '{"sentence1\n',
+    "rows.jsonl": "[1]\n",
+    "alike/train.tsv": "text\tlabel\na\tx\nb\tx\n",
+    "alike/test.tsv": "text\tlabel\nc\tx\n",
+    "sizeless/config.json": '{"model_type": "bert"}',
+    "slurm/evaluate.sh": "",
+    "old.json": '{"format": 0, "memory": 1, "links": null, "rates": RATES}',
+    "card.json": '{"format": 1, "memory": 1, "links": null, "precision": "fp32", "device": "H200", "rates": RATES}',
 }
 
 
@@ -391,8 +507,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"query": pair.query, "passage": pair.passage} for pair in pairs(160)]
     (desk / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     for name, text in FILES.items():
-        (desk / name).write_text(text, encoding="utf-8")
-    (desk / "latin.yaml").write_bytes("model: größer\n".encode("latin-1"))
+        (desk / name).parent.mkdir(parents=True, exist_ok=True)
+        (desk / name).write_text(text.replace("RATES", RATES), encoding="utf-8")
+    for name in ("latin.yaml", "latin.tsv", "latin/qrels/train.tsv"):
+        (desk / name).parent.mkdir(parents=True, exist_ok=True)
+        (desk / name).write_bytes("model: größer\n".encode("latin-1"))
     (desk / "empty").mkdir()
     tiny.bert(desk / "model")
     _break_models(desk)
@@ -412,22 +531,88 @@ def _break_models(desk: Path) -> None:
         {key: torch.full_like(value, torch.nan) for key, value in weights.items()}, desk / "nan/model.safetensors"
     )
     (desk / "hollow/model.safetensors").write_bytes(b"nothing")
+    shutil.copytree(desk / "model", desk / "long")
+    (desk / "long/quintet.json").write_text('{"normalize": false}', encoding="utf-8")
+    weights = load_file(desk / "model/model.safetensors")
+    save_file({key: value * 1e6 for key, value in weights.items()}, desk / "long/model.safetensors")
+    tiny.bert(desk / "short", max_position_embeddings=16)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(desk / "model" / name, desk / "short")
+    tiny.bert(desk / "narrow", vocab_size=50)
+    tiny.bert(desk / "other", intermediate_size=32)
+    teachers.bert(desk / "teacher")
+    shutil.copytree(desk / "model", desk / "partial")
+    weights.pop("encoder.layer.0.output.dense.weight")
+    save_file(weights, desk / "partial/model.safetensors")
+    settings = {"template": {"query": "{query}", "passage": "{passage}"}, "max_length": 24, "max_query_length": 8}
+    (desk / "teacher/pairing.json").write_bytes(orjson.dumps(settings))
+
+
+@pytest.fixture(scope="module")
+def said(desk: Path) -> Callable[[str], list[str]]:
+    """What the command lines of an entry end with."""
+    return functools.cache(lambda entry: [_said(line, desk) for line in PROVOKED[entry]])
+
+
+def _said(line: str, desk: Path) -> str:
+    words = shlex.split(line)
+    with pytest.MonkeyPatch.context() as changed, contextlib.redirect_stderr(io.StringIO()) as errors:
+        changed.chdir(desk)
+        while "=" in words[0]:
+            changed.setenv(*words.pop(0).split("=", 1))
+        code = cli.main(words[1:])
+    return f"{errors.getvalue()}exit code {code}"
 
 
 @pytest.mark.parametrize("entry", PROVOKED)
-def test_a_message_is_given_as_the_page_has_it(
-    entry: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(desk)
-    for line in PROVOKED[entry]:
-        words = shlex.split(line)
-        with monkeypatch.context() as changed:
-            while "=" in words[0]:
-                changed.setenv(*words.pop(0).split("=", 1))
-            code = cli.main(words[1:])
-        said = capsys.readouterr().err
-        assert code in (2, 3, 4), f"{line}: {said}"
-        assert any(_pattern(pattern.strip(GAP)).search(said) for pattern in ENTRIES[entry]), f"{line}: {said}"
+def test_a_message_is_given_as_the_page_has_it(entry: str, said: Callable[[str], list[str]]) -> None:
+    for line, message in zip(PROVOKED[entry], said(entry), strict=True):
+        assert message.endswith(("exit code 2", "exit code 3", "exit code 4")), f"{line}: {message}"
+        assert any(_pattern(pattern.strip(GAP)).search(message) for pattern in ENTRIES[entry]), f"{line}: {message}"
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_a_package_that_is_missing_is_named(package: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    line, text = MISSING[package]
+    assert text in PATTERNS
+    assert _pattern(text).search(_said(line, desk))
+
+
+def test_every_line_of_the_page_is_provoked_here_or_quoted_by_another_test(said: Callable[[str], list[str]]) -> None:
+    messages = "\n".join(message for entry in PROVOKED for message in said(entry))
+    quotes = _quotes()
+    left = [
+        pattern
+        for pattern in PATTERNS
+        if pattern not in ELSEWHERE
+        and not _pattern(pattern.strip(GAP)).search(messages)
+        and not any(_is_quoted(site.text, quotes) for site in SITES if _covers(pattern, site.text))
+    ]
+    assert not left, "\n".join(left)
+
+
+def _quotes() -> set[str]:
+    """What the other tests expect to read: their texts, and what regular expressions match word for word."""
+    quotes = set()
+    for file in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if file != Path(__file__) else ():
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                quotes |= {_bare(re.sub(r"\\(.)", r"\1", part)) for part in re.split(r"\.\*|\n", node.value)}
+    return {quote for quote in quotes if len(quote) > 7}
+
+
+def _bare(text: str) -> str:
+    return text.strip(" :;,=")
+
+
+def _is_quoted(message: str, quotes: set[str]) -> bool:
+    """Do tests have one of its parts, or as much of one as is not there by chance?"""
+    parts = [part for part in map(_bare, message.split(GAP)) if len(part) > 7]
+    runs = {part[at : at + 18] for part in parts for at in range(max(1, len(part) - 17))}
+    return any(quote in part for quote in quotes for part in parts) or any(
+        run in quote for quote in quotes for run in runs
+    )
 
 
 def test_every_entry_has_a_test_that_brings_its_message_about() -> None:

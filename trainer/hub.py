@@ -91,7 +91,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     except OfflineModeIsEnabled:
         raise UserError(f"push={repository}: HF_HUB_OFFLINE is set; unset it to upload") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"push={repository}: the hub refused: {reason}; the export is in {folder}, so start again when it is mended"
         ) from None

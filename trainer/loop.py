@@ -165,8 +165,11 @@ class Run:
             if over:
                 self._settle()
                 waits = f"scores_wait_minutes={config.scores_wait_minutes:g}"
-                mend = f"is a `quintet distill scores={config.scores}` running on these shards?"
-                distributed.end(UserError(f"scores={config.scores}: {what} after {waits}; {mend}"))
+                error = UserError(
+                    f"scores={config.scores}: {what} after {waits}; is a `quintet distill scores={config.scores}` "
+                    "running on these shards?"
+                )
+                distributed.end(error)
             if waited < _POLL_SECONDS and distributed.rank() == 0:
                 log.info("%s: waiting for a worker", what)
             time.sleep(_POLL_SECONDS)
