@@ -110,7 +110,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
             *(*searches, *tables),
             table(f"resident memory of one step, {first}", memory),
             table("arithmetic of a step beside that of a large product", shares),
-            table("what the table of word vectors takes of a step", _words(QUICK if quick else LARGE)),
+            table("what the table of word vectors takes of a step", in_child(_words, QUICK if quick else LARGE)),
         ],
         "targets": [
             *(
@@ -425,23 +425,19 @@ def _share(case: Case) -> dict[str, Any]:
 
 def _words(case: Case) -> list[dict[str, object]]:
     """The step of a large vocabulary, its table's gradient written once or in every chunk, beside that of an eighth."""
-    small = in_child(_steps_by_words, replace(case, vocabulary=case.vocabulary // 8))["once"]
+    chunk, ways = case.chunks[len(case.chunks) // 2], {"once": True, "in every chunk": False}
+    large, small = Sides(case), Sides(replace(case, vocabulary=case.vocabulary // 8))
+    steps = {name: large.ours(chunk, KEEP_ALL, share_words=once) for name, once in ways.items()}
+    timings = alternate({**steps, "small": small.ours(chunk, KEEP_ALL)}, case.repeats)
+    least = timings.pop("small").median
     return [
         {
             "the table's gradient is written": name,
-            "s": seconds,
-            "longer than with an eighth of the pieces": f"{seconds / small - 1:.0%}",
+            "s": timing.median,
+            "longer than with an eighth of the pieces": f"{timing.median / least - 1:.0%}",
         }
-        for name, seconds in in_child(_steps_by_words, case).items()
+        for name, timing in timings.items()
     ]
-
-
-def _steps_by_words(case: Case) -> dict[str, float]:
-    """Seconds of the step that writes the table's gradient once, and of the one that does so in every chunk."""
-    sides, chunk = Sides(case), case.chunks[len(case.chunks) // 2]
-    ways = {"once": True, "in every chunk": False}
-    steps = {name: sides.ours(chunk, KEEP_ALL, share_words=shared) for name, shared in ways.items()}
-    return {name: timing.median for name, timing in alternate(steps, case.repeats).items()}
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from trainer import checkpoint, remote
 
 __all__ = ["service"]  # a fixture
 
-STEPS = 240  # far more than a job gets done between the look at its mirror and the kill, on any machine
+STEPS = 80  # far more than a job gets done between the look at its mirror and the kill, on any machine
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ DISTILLED = [(0, 70, 0.0, 3), (1, 10**6, 1e12, 3), (2, 70, 0.0, 1), (3, 70, 0.0,
 def test_parameter_update_equals_one_process_in_plain_pytorch(world: int, model: Path, tmp_path: Path):
     stages = (0, 1, 2, 3) if world < 4 else (1, 3)
     cases = [
-        *((*case, "contrastive") for case in itertools.product(stages, CHUNKS.values(), KEPT.values(), (0, 3))),
+        *((*case, "contrastive") for case in itertools.product(stages, CHUNKS.values(), KEPT.values(), (3,))),
+        *((*case, "contrastive") for case in itertools.product((1,), CHUNKS.values(), KEPT.values(), (0,))),
         *((*case, "distillation") for case in DISTILLED),
     ]
     outcomes = ranks.run(train_all, world, tmp_path, model, cases)
