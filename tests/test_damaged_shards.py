@@ -14,6 +14,7 @@ import orjson
 import pyarrow as pa
 import pytest
 import webdataset
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import pairs, write_shards
@@ -375,6 +376,48 @@ def test_a_declared_size_is_not_believed(tmp_path: Path) -> None:
             build_index(tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
         tracemalloc.stop()
+
+
+def _sealed(header: bytearray) -> bytes:
+    """A header whose checksum is right."""
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "cause"),
+    [
+        (slice(124, 136), b"not a number", "damaged header"),
+        (slice(124, 136), b"-0000000001\0", "damaged header"),
+        (slice(156, 157), b"L", "unsupported member"),  # a long name of 10 MB
+    ],
+)
+def test_a_header_with_a_right_sum_and_wrong_content_is_refused(field: slice, value: bytes, cause: str) -> None:
+    info = tarfile.TarInfo("a.json")
+    info.size = 10_000_000
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    header[field] = value
+    (fault, *_) = tar.walk(memoryview(_sealed(header) + bytes(10_000_384)))
+    assert isinstance(fault, tar.Fault)
+    assert fault.cause == cause
+
+
+@pytest.mark.parametrize(("kind", "place"), [("block", 600), ("block", 0), ("plain", 124)])
+def test_a_block_that_its_own_index_vouches_for_and_nobody_can_read_is_named(
+    tmp_path: Path, kind: str, place: int
+) -> None:
+    """Its hash is that of the index, so it was written so: in the payload, in Arrow's header, in a plain one's size."""
+    index, path, content = whole(tmp_path, kind)
+    span = index.shards[0].blocks[0]
+    content[span.offset + place : span.offset + place + 8] = b"7" * 8
+    path.write_bytes(content)
+    damaged = xxhash.xxh3_64_hexdigest(content[span.offset : span.offset + span.bytes])
+    file = tmp_path / "index.json"
+    file.write_bytes(file.read_bytes().replace(span.xxh3.encode(), damaged.encode()))
+    _, problems = read(load_index(tmp_path, policy="skip"))
+    assert len(problems) == 1
+    assert problems[0].startswith("unreadable block: ")
 
 
 def test_a_damaged_archive_is_walked_in_linear_time() -> None:

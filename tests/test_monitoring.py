@@ -23,9 +23,9 @@ import torch
 from test_finetune import write_scores
 
 from data import fetch
-from data.errors import Stopped
+from data.errors import Stopped, UserError
 from launcher import cli
-from trainer import clock, distributed, meter, monitor, retrieval
+from trainer import clock, distributed, filter, meter, monitor, retrieval, worklog
 from trainer.events import EventFile
 from trainer.monitor import METRICS, Monitor, WandbConfig
 from trainer.watchdog import Watchdog
@@ -372,3 +372,13 @@ def test_other_outlets_get_no_table(tmp_path: Path) -> None:
     watched.table(1, "eval/held/examples", [{"query": "a rare word"}])
     watched.finish(0)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"a rare word" in path.read_bytes()]
+
+
+def test_a_folder_that_cannot_hold_the_log_of_a_stage_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = filter.Config(model="m", data="d", output="o")
+    with (
+        pytest.raises(UserError, match=r"file/logs: cannot be written \(.*\); name another output"),
+        worklog.follow(tmp_path / "file/logs", "filter", "name", config),
+    ):
+        pass

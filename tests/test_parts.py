@@ -16,6 +16,7 @@ import pytest
 
 from data.errors import UserError
 from data.parts import Parts, write_whole
+from trainer import work
 
 PLAN = {"model": "a1", "settings": {"top_k": 2, "seed": 0}}
 
@@ -136,3 +137,11 @@ def test_a_whole_file_replaces_the_one_before(tmp_path: Path) -> None:
         write_whole(tmp_path / "deep" / "file.txt", _writer(text))
     assert (tmp_path / "deep" / "file.txt").read_text() == "new"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file.txt"]
+
+
+def test_an_output_that_cannot_take_its_place_is_named(tmp_path: Path, tmpfs: Callable[[str], Path]) -> None:
+    mounted = tmpfs("1m")  # the kernel renames no folder that something is mounted on
+    with Parts(tmp_path / "work", PLAN) as parts:
+        parts.path(work.RESULT).mkdir()
+        with pytest.raises(UserError, match=r"output=.*: cannot be written \(.*\); name another"):
+            work.publish(parts, mounted)

@@ -59,6 +59,11 @@ def test_a_second_job_is_refused_by_name_and_a_killed_one_is_replaced(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_hold_a_lease_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lease\.json: cannot be written \(.*\); make room or choose another folder"):
+        Lease(tmp_path / "not there").__enter__()
+
+
 def test_a_lease_given_back_is_free(tmp_path: Path) -> None:
     with _holder(tmp_path) as first:
         first.communicate(timeout=10)

@@ -551,6 +551,11 @@ def test_a_flaky_server_changes_nothing_but_time(tmp_path: Path, server: str) ->
     assert not any(Flaky.faults.values())
 
 
+def test_an_index_of_no_sane_size_is_not_read(server: str) -> None:
+    with pytest.raises(DataError, match=r"index\.json: larger than 10 bytes, which is too large for an index"):
+        fetch.read(f"{server}/index.json", 10)
+
+
 def test_a_stalled_transfer_is_given_up_and_repeated(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,8 @@ PROVOKED = {
         "quintet pack output=new input=[]",
         "quintet pack output=new input=indexed",
         "quintet pack output=new input=judged",
+        "quintet pack output=new input=developed",
+        "quintet pack output=new input=described",
         "quintet pack output=new input=lonely/qrels/train.tsv",
     ],
     "The columns are not found": [
@@ -182,6 +184,7 @@ PROVOKED = {
         "quintet filter model=model output=kept data=empty",
         "quintet filter model=model output=kept data=texts.txt",
         "quintet filter model=model output=kept data=shards/none-000000.tar",
+        "quintet filter model=model output=kept data=bare/none-000000.tar",
         "quintet filter model=model output=kept 'data=shards/pairs-{0.tar'",
         "quintet filter model=model output=kept data=shards/x*.tar",
         "quintet filter model=model output=kept data=[]",
@@ -197,6 +200,7 @@ PROVOKED = {
         "quintet filter model=model output=kept data=weights.yaml",
         "quintet filter model=model output=kept data=[weights.yaml,shards]",
         "quintet filter model=model output=kept data=again.yaml",
+        "quintet filter model=model output=kept data=alike.yaml",
         "quintet filter model=model output=kept data=names.yaml",
     ],
     "A source is too small or has no weight": [
@@ -401,6 +405,11 @@ FILES = {
     "bare.yaml": "tokenizer: no\n",
     "deep.yaml": "steps: " + "[" * 9000,
     "alias.yaml": "betas: &a [*a]\n",
+    "alike.yaml": "homogeneous: maybe\nsources: {a: {shards: shards}}\n",
+    "developed/corpus.jsonl": '{"_id": "d", "text": "a"}\n',
+    "developed/queries.jsonl": '{"_id": "q", "text": "b"}\n',
+    "developed/qrels/dev.tsv": "query-id\tcorpus-id\tscore\nq\td\t1\n",
+    "described/dataset_dict.json": "{",
     "again.yaml": "sources: {a: {shards: shards}, a: {shards: shards}}\n",
     "names.yaml": "sources: {3: {shards: shards}, b: {shards: 4}}\n",
     "weightless.yaml": "sources: {a: {shards: shards, weight: 0}}\n",
@@ -519,6 +528,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("cut", "strange"):
         shutil.copytree(desk / "shards", desk / name)
     os.truncate(desk / "cut/pairs-000000.tar", 700)
+    (desk / "bare").mkdir()
+    shutil.copy(desk / "shards/pairs-000000.tar", desk / "bare")
     (desk / "strange/index.json").write_text("{}", encoding="utf-8")
     return desk
 
