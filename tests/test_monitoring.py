@@ -31,8 +31,6 @@ from trainer.monitor import METRICS, Monitor, WandbConfig
 from trainer.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
-# Metrics that no run of this file has, with the reason.
-NOT_HERE = {"perf/mfu": "of devices whose peak is known: GPUs"}
 HELD_OUT = [replace(record, source=f"source{n % 3}") for n, record in enumerate(pairs.pairs(24, seed=9))]
 
 
@@ -48,7 +46,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     held: dict[str, Any] = {"eval.data": folder / "held.jsonl", "eval.every_steps": 2, "wandb.mode": "offline"}
     given: dict[str, dict[str, Any]] = {
-        "pretrain": {**held, "wandb.examples": 2, "tensorboard": "true", "mirror": f"file://{folder}/mirror"},
+        "pretrain": {
+            **held,
+            "wandb.examples": 2,
+            "tensorboard": "true",
+            "peak_tflops": 2,
+            "mirror": f"file://{folder}/mirror",
+        },
         "finetune": {**held, "scores": folder / "scores", "loss.guide.path": folder / "bert", "loss.guide.weight": 0.1},
         "teacher": {"eval.data": folder / "shards"},
     }
@@ -106,7 +110,15 @@ def test_short_runs_log_every_metric_of_the_registry(runs: Path) -> None:
         runs / name for name in ("pretrain", "finetune", "teacher", "kept.log", "mined.log", "results/results.log")
     ]
     logged = {name for folder in [*folders, worker] for row in _rows(folder) for name in row}
-    assert {_entry(name) for name in logged} == set(METRICS) - set(NOT_HERE)
+    assert {_entry(name) for name in logged} == set(METRICS)
+
+
+def test_mfu_is_the_arithmetic_of_the_tokens_over_the_peak_that_is_given(runs: Path) -> None:
+    """2 layers of 32: four products of 32 x 32, two of 32 x 64, their biases, three layer norms a layer at most."""
+    layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 2 * 2 * 32
+    useful = 6 * (2 * layer + 2 * 32)  # and the layer norm of the embeddings
+    for row in (row for row in _rows(runs / "pretrain") if "perf/mfu" in row):
+        assert row["perf/mfu"] == pytest.approx(row["perf/tokens_per_s"] * useful / 2e12)
 
 
 def test_a_filter_tells_its_progress_and_what_it_kept(runs: Path) -> None:

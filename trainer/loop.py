@@ -22,7 +22,7 @@ from trainer.build import Parts, build, describe
 from trainer.checkpoint import Checkpoint, SaveError
 from trainer.device import pick_device
 from trainer.guard import Guard
-from trainer.meter import Meter
+from trainer.meter import Meter, peak_flops
 from trainer.monitor import Monitor, summary
 from trainer.preempt import StopRequest
 from trainer.remote import Mirror
@@ -408,7 +408,9 @@ def _open(
         rank=distributed.rank(),
     )
     dog.last_words = lambda reason: monitor.abandon(WatchdogError.exit_code, reason)
-    meter = Meter(parts.engine.device, parts.flops_per_token)
+    device = parts.engine.device
+    peak = peak_flops(device) if config.peak_tflops is None else 1e12 * config.peak_tflops
+    meter = Meter(device, parts.flops_per_token, peak)
     rollbacks = distributed.on_first_rank(lambda: rollback.read(config.run_dir))
     guard = Guard(config, parts.engine, parts.order, monitor, rollbacks)
     run = Run(config, parts, monitor, meter, identity, lease, dog, mirror, guard, step)

@@ -23,11 +23,13 @@ class Meter:
 
     flops_per_token: arithmetic of forward and backward of one token, without replays: 6 x the parameters that take
     part in matrix products (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+    peak: FLOP/s of this rank's device; 0 where it is not known, and there is no MFU.
     waited, met: seconds in which there was no batch, and in which the other ranks were waited for before a step.
     """
 
     device: torch.device
     flops_per_token: float
+    peak: float = 0.0
     waited: float = 0.0
     met: float = 0.0
     away: float = field(default_factory=lambda: _age())  # of the seconds of this process, those not in steps
@@ -83,9 +85,8 @@ class Meter:
             "run/goodput": 1 - self.away / _age(),
         }
         row |= _nodes(places[1::3], places[2::3])
-        peak = peak_flops(self.device)
-        if peak:
-            row["perf/mfu"] = self.flops_per_token * token_count / elapsed / (peak * world)
+        if self.peak:
+            row["perf/mfu"] = self.flops_per_token * token_count / elapsed / (self.peak * world)
         self.pause()
         return row
 
@@ -156,6 +157,6 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device) -> float:
-    """Peak of dense bf16 products in FLOP/s; 0 where it is not known, and nothing has an MFU."""
+    """Peak of dense bf16 products in FLOP/s; 0 where it is not known."""
     card = cards.named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return card.bf16 if card else 0.0

@@ -165,6 +165,11 @@ class Config:
     eval: EvalConfig = key(EvalConfig(), help="evaluation in training")
     wandb: WandbConfig = key(WandbConfig(), help="mirror of the curves")
     tensorboard: bool = key(False, help="write the curves to run_dir/tensorboard too")
+    peak_tflops: float | None = key(
+        None,
+        help="peak of a rank's device, for perf/mfu; null: of dense bf16 products, where the card is known",
+        above=0,
+    )
     device: str = key("auto", help="auto: CUDA when there is one", choices=("auto", "cpu", "cuda"))
     config_yaml: str = unresolved()
 
