@@ -14,6 +14,8 @@ from launcher import schema, values
 from launcher.schema import Key
 from launcher.values import BadValue, compose
 
+_OPTIONS = ("--config", "--print-config", "--debug", "--help")  # of every stage, in launcher/cli.py
+
 
 @dataclass(frozen=True)
 class Given:
@@ -109,6 +111,9 @@ class Sources:
         if word.endswith((".yaml", ".yml")):
             return f"{word}: is no key=value; write --config {word}"
         if word.startswith("--") and name not in self.keys:
+            option = difflib.get_close_matches(word, _OPTIONS, n=1)
+            if option and not _similar(name, list(self.keys)):
+                return f"{word}: no such option; did you mean {option[0]}?"
             return self._unknown(name, "")
         return f"{word}: has no value; write {name}=VALUE"
 

@@ -190,6 +190,7 @@ def _load_text(text: str) -> Recipe:
         ("promts.query=x", ["promts.query", "did you mean prompts.query?"]),
         ("every_steps=3", ["every_steps", "did you mean prompts.every_steps?"]),
         ("--frehs", ["frehs", "did you mean fresh?"]),
+        ("--confg", ["--confg: no such option", "did you mean --config?"]),
         ("zzz=3", ["zzz", "--help lists the keys"]),
         ("prompts=3", ["prompts=3", "is a section", "prompts.query", "prompts.every_steps"]),
         ("a.b", ["a.b: has no value; write a.b=VALUE"]),

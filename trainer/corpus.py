@@ -377,7 +377,8 @@ def _saved(save: Callable[[Path, Tensor, Labels], object], vectors: Tensor, labe
 
 def stored(vectors: Tensor, dtype: str) -> np.ndarray:
     """Vectors as they are kept. Raises UserError for those that float16 cannot hold."""
-    rows = vectors.numpy().astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # told below
+        rows = vectors.numpy().astype(dtype, copy=False)
     if not np.isfinite(rows).all():
         raise UserError(f"dtype={dtype}: the model's vectors are too long for it; use dtype=float32")
     return rows
