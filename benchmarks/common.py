@@ -122,12 +122,12 @@ def _status(field: str) -> int:
 
 
 def in_child(function: Callable[..., Result], *args: Any) -> Result:
-    """Call an importable function in a process of its own, forked from one that has imported its module and no more.
+    """Call an importable function in a process of its own, forked from one that has imported what is slow to import.
 
     So each starts with the same memory and none waits for imports; nothing that this process did is in it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload(["benchmarks.step"])  # which has all of both sides; the first call's list holds
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 
