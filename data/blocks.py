@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.json as pj
 
 from data.hashes import column_hashes
 from data.records import BadRecord, Row, values
@@ -34,6 +35,7 @@ _RECORD_FIELDS = (
     ("symmetric", pa.bool_()),
 )
 _HASH_FIELDS = (("query_hash", pa.int64()), ("passage_hash", pa.int64()), ("negative_hash", pa.list_(pa.int64())))
+_AS_RECORDS = pj.ParseOptions(explicit_schema=pa.schema(_RECORD_FIELDS), unexpected_field_behavior="ignore")
 TOKEN_COLUMNS = ("query_tokens", "passage_tokens", "negative_tokens")
 
 # The tokens of a record's query, passage and negatives.
@@ -60,15 +62,45 @@ def table(rows: Sequence[Row], source: str, tokens: Sequence[Tokens] = (), token
     """Rows as a table; those that name no source get `source`. `tokens` go with the rows when `token_dtype` is set."""
     columns: Sequence[Sequence[Any]] = list(zip(*rows, strict=True)) or [()] * len(_RECORD_FIELDS)
     arrays = {name: pa.array(values, kind) for (name, kind), values in zip(_RECORD_FIELDS, columns, strict=True)}
-    arrays["source"] = pc.if_else(pc.equal(arrays["source"], ""), source, arrays["source"])
-    queries, passages, negatives = columns[0], columns[1], columns[5]
-    hard = column_hashes(arrays["negatives"].values, list(chain.from_iterable(negatives)))
-    arrays["query_hash"] = pa.array(column_hashes(arrays["query"], queries))
-    arrays["passage_hash"] = pa.array(column_hashes(arrays["passage"], passages))
-    arrays["negative_hash"] = pa.ListArray.from_arrays(arrays["negatives"].offsets, pa.array(hard))
+    arrays = _with_hashes(arrays, source)
     if token_dtype is not None:
         arrays |= zip(TOKEN_COLUMNS, _token_arrays(tokens, token_dtype), strict=True)
     return pa.Table.from_arrays(list(arrays.values()), schema=schema(token_dtype))
+
+
+def table_of_json(payloads: Sequence[bytes], source: str) -> pa.Table | None:
+    """What `table` makes of the rows of JSON members that are known to be good ones, read by Arrow in one call.
+
+    None where Arrow's reader is stricter than ours (a number as id, one text for a list, a key that stands twice), or
+    where a member is not of one line: they are then to be read one by one.
+    """
+    lines = b"\n".join(payloads)
+    if not payloads or lines.count(b"\n") >= len(payloads):
+        return None
+    whole = pj.ReadOptions(use_threads=False, block_size=len(lines) + 1)
+    try:
+        found = pj.read_json(pa.BufferReader(lines), whole, _AS_RECORDS)
+    except pa.ArrowInvalid:
+        return None
+    if found.num_rows != len(payloads):
+        return None
+    arrays = {name: found[name].combine_chunks() for name, _ in _RECORD_FIELDS}
+    arrays |= {name: array.fill_null("") for name, array in arrays.items() if array.type == pa.string()}
+    arrays["symmetric"] = arrays["symmetric"].fill_null(False)
+    arrays["negatives"] = pa.ListArray.from_arrays(arrays["negatives"].offsets, arrays["negatives"].values)
+    return pa.Table.from_arrays(list(_with_hashes(arrays, source).values()), schema=schema())
+
+
+def _with_hashes(arrays: dict[str, pa.Array], source: str) -> dict[str, pa.Array]:
+    """The columns of records, with the source of those that name none, and the hashes of the texts."""
+    hard = pa.array(column_hashes(arrays["negatives"].values))
+    return {
+        **arrays,
+        "source": pc.if_else(pc.equal(arrays["source"], ""), source, arrays["source"]),
+        "query_hash": pa.array(column_hashes(arrays["query"])),
+        "passage_hash": pa.array(column_hashes(arrays["passage"])),
+        "negative_hash": pa.ListArray.from_arrays(arrays["negatives"].offsets, hard),
+    }
 
 
 def encode(block: pa.Table) -> bytes:

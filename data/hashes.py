@@ -6,7 +6,6 @@ Normalising is what costs. Most texts are normal already, and that can mostly be
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -22,8 +21,8 @@ _BLANK = ord(" ")
 _WINDOW = 64 << 10
 
 
-def column_hashes(column: pa.StringArray, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-    """`text_hash` of every text of a whole column, which is given as Arrow's bytes and as Python's strings."""
+def column_hashes(column: pa.StringArray) -> npt.NDArray[np.int64]:
+    """`text_hash` of every text of a whole column, which begins at the start of its buffers."""
     if not len(column):
         return np.empty(0, np.int64)
     _, offsets_buffer, data = column.buffers()
@@ -32,8 +31,8 @@ def column_hashes(column: pa.StringArray, texts: Sequence[str]) -> npt.NDArray[n
     digests = (xxhash.xxh3_64_intdigest(view[start:end]) for start, end in pairwise(offsets.tolist()))
     hashes = np.fromiter(digests, np.uint64, len(column))
     spaced = _may_have_other_spaces(np.frombuffer(view, np.uint8), offsets)
-    for row in np.flatnonzero(spaced | ~pc.string_is_ascii(column).to_numpy(zero_copy_only=False)).tolist():
-        text = texts[row]
+    doubtful = np.flatnonzero(spaced | ~pc.string_is_ascii(column).to_numpy(zero_copy_only=False))
+    for row, text in zip(doubtful.tolist(), column.take(doubtful).to_pylist(), strict=True):
         if spaced[row] or unicodedata.normalize("NFC", text) != text:
             hashes[row] = xxhash.xxh3_64_intdigest(normalise(text).encode())
     return hashes.view(np.int64)

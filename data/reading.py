@@ -216,9 +216,12 @@ def _read_plain(index: Index, shard: int, span: BlockInfo) -> Block:
         payloads = tar.payloads(data)
     except (ValueError, IndexError) as error:
         raise Problem("unreadable block", f"{where}: {error}") from None
-    rows = blocks.good_rows(payloads)  # bad ones among them were counted and reported when it was indexed
-    _check_records(len(rows), span, where)
-    return Block(blocks.table(rows, source), span.records, len(rows))
+    # As many as the index has: each was found good when it was indexed. Bad ones were counted and reported then.
+    table = blocks.table_of_json(payloads, source) if len(payloads) == span.records else None
+    if table is None:
+        table = blocks.table(blocks.good_rows(payloads), source)
+    _check_records(table.num_rows, span, where)
+    return Block(table, span.records, table.num_rows)
 
 
 def _recover(path: str, source: str, span: BlockInfo, data: bytes) -> Block:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -23,14 +25,59 @@ texts = st.text(alphabet=st.sampled_from(_LETTERS) | st.characters(codec="utf-8"
 @given(st.lists(texts, max_size=8))
 @settings(max_examples=500, deadline=None)
 def test_a_columns_hashes_are_those_of_its_texts(column: list[str]) -> None:
-    assert column_hashes(pa.array(column, pa.string()), column).tolist() == [text_hash(text) for text in column]
+    assert column_hashes(pa.array(column, pa.string())).tolist() == [text_hash(text) for text in column]
 
 
 def test_every_white_space_character_is_seen_at_every_place() -> None:
     spaces = [chr(code) for code in range(0x110000) if chr(code).isspace()]
     assert len(spaces) > 25
     column = [form.format(space) for space in spaces for form in ("{}", "{}a", "a{}", "a{}b", "a {}b", "ä{}é")]
-    assert column_hashes(pa.array(column), column).tolist() == [text_hash(text) for text in column]
+    assert column_hashes(pa.array(column)).tolist() == [text_hash(text) for text in column]
+
+
+labels = st.none() | texts
+records = st.fixed_dictionaries(
+    {"query": texts.filter(str.strip), "passage": texts.filter(str.strip)},
+    optional={
+        **dict.fromkeys(("source", "lang", "instruction"), labels),
+        "id": labels | st.integers(-(2**40), 2**70),
+        "negatives": st.lists(texts.filter(str.strip), max_size=3),
+        "symmetric": st.none() | st.booleans(),
+        "more": st.recursive(st.none() | st.floats(allow_nan=False) | st.integers() | texts, st.lists, max_leaves=4),
+    },
+)
+
+
+@given(st.lists(records, min_size=1, max_size=6), st.booleans(), st.sampled_from([None, 1]))
+@settings(max_examples=500, deadline=None)
+def test_members_read_by_arrow_give_the_table_of_their_rows(
+    found: list[dict[str, object]], escaped: bool, indent: int | None
+) -> None:
+    payloads = [json.dumps(record, ensure_ascii=escaped, indent=indent).encode() for record in found]
+    rows = blocks.good_rows(payloads)
+    by_arrow = blocks.table_of_json(payloads, "src") if len(rows) == len(payloads) else None
+    if by_arrow is not None:
+        assert by_arrow.equals(blocks.table(rows, "src"))
+        by_arrow.validate(full=True)
+    plain = not any(type(record.get("id")) is int for record in found)
+    assert len(rows) < len(payloads) or indent or not plain or by_arrow is not None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'{"query":"a","passage":"b","id":7}',
+        b'{"query":"a","query":"c","passage":"b"}',
+        b'{"query":"a","passage":"b","negatives":"c"}',
+        b'{"query":"a",\n"passage":"b"}',
+        b'{"query":"a","passage":"b"}{"query":"c","passage":"d"}',
+        b" ",
+    ],
+)
+def test_members_that_arrow_reads_otherwise_are_left_to_be_read_one_by_one(odd: bytes) -> None:
+    sound = b'{"passage":"b","negatives":null,"query":"a","lang":null}'
+    assert blocks.table_of_json([sound, sound], "s") is not None
+    assert blocks.table_of_json([sound, odd], "s") is None
 
 
 def test_json_nested_without_end_is_refused() -> None:
