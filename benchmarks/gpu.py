@@ -1,4 +1,5 @@
-"""On one GPU, in bf16: encoding, the filter, a teacher, and the whole training step, each beside sentence-transformers.
+"""On one GPU, in bf16: encoding, the filter, a teacher, and the whole training step, each beside sentence-transformers;
+and the loss in fp32, beside inf-cl too, where that is installed.
 
 Lengths are natural (`step.texts`), weights random, except that the teacher's reader is small enough to be made here.
 MFU is 2 FLOP (forward) or 6 (forward and backward) for each parameter that takes part in a matrix product, a token,
@@ -8,6 +9,7 @@ over the card's dense bf16 peak; attention's own products and replays are not co
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,8 +18,9 @@ from typing import Any
 import torch
 from sentence_transformers.util import semantic_search
 
-from benchmarks import encoding, scores, step
+from benchmarks import common, encoding, loss, scores, step
 from benchmarks.common import GateError, alternate, in_child, table, target
+from trainer.device import pick_device, use_same_kernels
 from trainer.embed import encode
 from trainer.rankcount import count_above, own_scores
 
@@ -36,6 +39,8 @@ class Sizes:
     texts: int
     chunks: tuple[int, ...]  # our tokens_per_chunk; the step takes all but the last, whose activations may not fit
     batches: tuple[int, ...]  # the peer's batch_size
+    peers: tuple[step.Peer, ...]  # its settings in the step
+    losses: tuple[loss.Case, ...]
     passages: int
     size: int  # of the filter's vectors
     queries: int
@@ -48,9 +53,17 @@ FULL = Sizes(
     replace(
         scores.FULL, layers=12, queries=1000, batch_sizes=(64, 256, 512), device="cuda", precision="bf16", repeats=3
     ),
-    *(32_768, 16_384, (16_384, 65_536, 131_072), (64, 256, 1024), 1_000_000, 768, 100_000, 5_000),
+    *(32_768, 16_384, (16_384, 65_536, 131_072), (64, 256, 1024)),
+    (step.DEFAULT, ("mini_batch_size", 128), ("mini_batch_size", 256), ("mini_batch_num_tokens", 16_384)),
+    tuple(loss.Case(pool, pool, chunks=(512, 1024, 4096), repeats=5) for pool in (4096, 32_768)),
+    *(1_000_000, 768, 100_000, 5_000),
 )
-QUICK = Sizes({"tiny": TINY}, scores.QUICK, 64, 64, (256, 512), (8, 16), 5_000, 32, 200, 100, repeats=1)
+QUICK = Sizes(
+    *({"tiny": TINY}, scores.QUICK, 64, 64, (256, 512), (8, 16), (step.DEFAULT, ("mini_batch_size", 8))),
+    (replace(loss.QUICK, candidates=loss.QUICK.queries),),
+    *(5_000, 32, 200, 100),
+    repeats=1,
+)
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
@@ -58,8 +71,9 @@ def measure(quick: bool = False) -> dict[str, Any]:
     if not quick and not torch.cuda.is_available():
         raise GateError("there is no GPU")
     sizes = QUICK if quick else FULL
+    pick_device("auto")
     tables, targets, correctness = [], [], {}
-    for part in (_encoding, _filtering, _teaching, _stepping):
+    for part in (_encoding, _filtering, _teaching, _losing, _stepping):
         print(f"gpu: {part.__name__.strip('_')} ...", flush=True)
         for name, found in part(sizes).items():
             tables.append(table(name, found["rows"]))
@@ -142,8 +156,71 @@ def _pieces(total: int, piece: int = 100_000) -> Iterator[int]:
 def _teaching(sizes: Sizes) -> dict[str, Any]:
     case = sizes.teacher
     found = scores.scoring(case)
+    ours, *peers = (row["pairs/s"] for row in found["rows"])  # by the wall: the host's CPU time is that of waiting
     name = f"teacher, {case.layers} x {case.size}, {case.precision}"
-    return {name: {**found, "correctness": {"largest difference of a logit": found["difference"]}}}
+    return {
+        name: {
+            **found,
+            "ratio": ours / max(peers),
+            "correctness": {"largest difference of a logit": found["difference"]},
+        }
+    }
+
+
+# --- the loss ----------------------------------------------------------------------------------------------------
+
+
+def _losing(sizes: Sizes) -> dict[str, Any]:
+    return dict(_loss(case, sizes.repeats) for case in sizes.losses)
+
+
+def _loss(case: loss.Case, repeats: int) -> tuple[str, dict[str, Any]]:
+    """Every variant's time, memory and distance from float64; ours must be near, inf-cl's products are TF32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    given = [tensor.detach().to(device).requires_grad_() for tensor in loss.embeddings(case)]
+    runs = {"ours": loss.ours(case, *given), "autograd over the whole matrix": loss.naive(case, *given)}
+    runs |= {f"peer, chunks of {chunk}": loss.peer(case, *given, chunk, "dot_score") for chunk in case.chunks}
+    if device.type == "cuda" and importlib.util.find_spec("inf_cl"):
+        runs["inf-cl"] = _inf_cl(case, *given)
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    wanted = loss.flat(*loss.naive(case, *exact)())
+    checked = {name: _checked(run, wanted, device) for name, run in runs.items()}
+    if checked["ours"]["error"] > common.FP32.gradient:
+        raise GateError(f"the gradient of our loss is {checked['ours']['error']:.1e} from float64")
+    del wanted, exact
+    timings = alternate({name: _waited(run, device) for name, run in runs.items()}, repeats)
+    rows = [{"variant": name, "ms": 1e3 * timings[name].median, **checked[name]} for name in runs]
+    best = min(timing.median for name, timing in timings.items() if name.startswith("peer"))
+    return f"loss, {case.queries:,} x {case.candidates:,}, d = {case.size}, fp32", {
+        "rows": rows,
+        "ratio": best / timings["ours"].median,
+        "correctness": {name: found["error"] for name, found in checked.items()},
+    }
+
+
+def _checked(run: loss.Run, wanted: tuple[float, torch.Tensor], device: torch.device) -> dict[str, float]:
+    """A variant's extra memory on the GPU, and its gradients' distance from float64, in shares of their length."""
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    found = run()
+    extra = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else math.nan
+    got = loss.flat(*found)[1].double()
+    return {"extra MiB": extra / 2**20, "error": float((got - wanted[1]).norm() / wanted[1].norm())}
+
+
+def _inf_cl(case: loss.Case, query: torch.Tensor, passage: torch.Tensor) -> loss.Run:
+    """inf-cl's loss on one GPU (Cheng et al. 2024, arXiv 2410.17243)."""
+    from inf_cl import cal_flash_loss
+
+    scale = torch.tensor(1 / loss.TEMPERATURE, device=query.device)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        value = cal_flash_loss(query, passage, scale=scale, head_dim=128).mean()
+        return value, *torch.autograd.grad(value, (query, passage))
+
+    return run
 
 
 # --- the step ----------------------------------------------------------------------------------------------------
@@ -167,15 +244,14 @@ def _steps(sizes: Sizes, case: step.Case) -> tuple[dict[str, Any], dict[str, Any
     flops = 6 * encoding.products(sides.plain)
     found = alternate(
         {f"ours, chunk={chunk}": _waited(sides.ours(chunk, None), device) for chunk in sizes.chunks[:-1]}
-        | {
-            f"peer, size={size}": _waited(sides.peer(("mini_batch_size", size)), device)
-            for size in dict.fromkeys([step.DEFAULT[1], *sizes.batches[:2]])
-        },
+        | {step.label(setting): _waited(sides.peer(setting), device) for setting in sizes.peers},
         sizes.repeats,
     )
-    compared = encoding.beside(found, tokens, flops * tokens, device) | {"correctness": correctness}
     best = min(sizes.chunks[:-1], key=lambda chunk: found[f"ours, chunk={chunk}"].median)
-    return compared, _whole_pool(sides, replace(case, pairs=sizes.pool), best, flops, correctness)
+    whole = _whole_pool(sides, replace(case, pairs=sizes.pool), best, flops, correctness)
+    use_same_kernels()  # from here on
+    found |= alternate({f"ours, chunk={best}, deterministic": _waited(sides.ours(best, None), device)}, sizes.repeats)
+    return encoding.beside(found, tokens, flops * tokens, device) | {"correctness": correctness}, whole
 
 
 def _whole_pool(
@@ -187,7 +263,7 @@ def _whole_pool(
         torch.cuda.reset_peak_memory_stats()
     outcomes: list[Any] = []
     take = sides.ours(chunk, None, batch)
-    (timing,) = alternate({"": _waited(lambda: outcomes.append(take()), device)}, 2).values()
+    (timing,) = alternate({"": _waited(lambda: outcomes.append(take()), device)}, 1).values()
     last = outcomes[-1]
     row = {
         "variant": f"ours, chunk={chunk}",

@@ -85,17 +85,17 @@ def embeddings(case: Case) -> tuple[Tensor, Tensor]:
     return query.requires_grad_(), F.normalize(passage, dim=1).requires_grad_()
 
 
-def identity(case: Case) -> losses.Identity:
+def identity(case: Case, device: torch.device) -> losses.Identity:
     """All texts are different, as the peer assumes."""
-    queries = torch.arange(case.queries)
-    owner = torch.full((case.candidates,), losses.NO_OWNER)
+    queries = torch.arange(case.queries, device=device)
+    owner = torch.full((case.candidates,), losses.NO_OWNER, device=device)
     owner[: case.queries] = queries
-    return losses.Identity(queries, queries, torch.arange(case.candidates) + case.queries, owner)
+    return losses.Identity(queries, queries, torch.arange(case.candidates, device=device) + case.queries, owner)
 
 
 def ours(case: Case, query: Tensor, passage: Tensor, block_rows: int = 0) -> Run:
     """trainer.losses.info_nce; block_rows 0: as it chooses."""
-    texts = identity(case)
+    texts = identity(case, query.device)
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
         loss, _ = losses.info_nce(query, passage, texts, temperature=TEMPERATURE, block_rows=block_rows)
@@ -126,7 +126,7 @@ def peer(case: Case, query: Tensor, passage: Tensor, chunk: int, similarity: str
 
 def naive(case: Case, query: Tensor, passage: Tensor) -> Run:
     """Plain autograd over the full matrix of logits."""
-    labels = torch.arange(case.queries)
+    labels = torch.arange(case.queries, device=query.device)
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
         loss = F.cross_entropy(query @ passage.T / TEMPERATURE, labels)
@@ -140,7 +140,7 @@ def reference(case: Case, normalised: bool) -> tuple[float, Tensor]:
     query, passage = (tensor.detach().double().requires_grad_() for tensor in embeddings(case))
     q, p = (F.normalize(query, dim=1), F.normalize(passage, dim=1)) if normalised else (query, passage)
     loss = F.cross_entropy(q @ p.T / TEMPERATURE, torch.arange(case.queries))
-    return _flat(loss, *torch.autograd.grad(loss, (query, passage)))
+    return flat(loss, *torch.autograd.grad(loss, (query, passage)))
 
 
 def _with_gradients(loss: Tensor, query: Tensor, passage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +148,7 @@ def _with_gradients(loss: Tensor, query: Tensor, passage: Tensor) -> tuple[Tenso
     return loss, of_query, of_passage
 
 
-def _flat(loss: Tensor, query: Tensor, passage: Tensor) -> tuple[float, Tensor]:
+def flat(loss: Tensor, query: Tensor, passage: Tensor) -> tuple[float, Tensor]:
     return float(loss.detach()), torch.cat([query.flatten(), passage.flatten()])
 
 
@@ -206,7 +206,7 @@ def _of_rows(rows: int, case: Case) -> str:
 def _check(variants: list[Variant], case: Case) -> dict[str, Any]:
     wanted = {normalised: reference(case, normalised) for normalised in (False, True)}
     return {
-        variant.name: gate(variant.name, _flat(*variant(case)()), wanted["cos_sim" in variant.settings])
+        variant.name: gate(variant.name, flat(*variant(case)()), wanted["cos_sim" in variant.settings])
         for variant in variants
     }
 

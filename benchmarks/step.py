@@ -33,8 +33,8 @@ from data.collate import Batch
 from data.reading import read_block
 from data.tokens import Ragged
 from trainer import costs, distributed, gradcache, objectives
-from trainer.device import has_fast_bf16, keep_freed_memory
-from trainer.encoder import Encoder
+from trainer.device import has_fast_bf16, keep_freed_memory, pick_device
+from trainer.encoder import Encoder, compile_layers
 from trainer.engine import MOMENTS, Engine, OptimizerSettings
 from trainer.step import Stepper
 
@@ -133,7 +133,7 @@ class Sides:
     """
 
     def __init__(self, case: Case) -> None:
-        self.batch, device = texts(case), torch.device(case.device)
+        self.batch, device = texts(case), pick_device(case.device)
         self.peer_model = sentence_transformer(case)
         encoder = Encoder(copy.deepcopy(self.peer_model[0].auto_model))
         self.plain = copy.deepcopy(encoder)
@@ -143,6 +143,8 @@ class Sides:
         settings = OptimizerSettings(max_grad_norm=MAX_NORM, **ADAM)
         self.half, self._on_gpu = case.precision == "bf16", device.type == "cuda"
         self.engine = Engine(encoder, settings, stage=1, local_batch=case.pairs, device=device, bf16=self.half)
+        if self._on_gpu:
+            compile_layers(encoder.backbone)
         if self.half:
             self.plain.forward = torch.autocast(case.device, dtype=torch.bfloat16)(self.plain.forward)
         self.peer_adam = torch.optim.AdamW(self.peer_model.parameters(), lr=LR, fused=True, **ADAM)
@@ -327,11 +329,11 @@ def _compare(case: Case) -> dict[str, Any]:
             first: sides.ours(kept, KEEP_ALL),
             f"ours, replayed, chunk={replayed}": sides.ours(replayed, KEEP_NONE),
             f"{first}, no DeepSpeed": sides.without_engine(kept),
-            **{_label(setting): sides.peer(setting) for setting in dict.fromkeys([DEFAULT, *best])},
+            **{label(setting): sides.peer(setting) for setting in dict.fromkeys([DEFAULT, *best])},
         },
         case.repeats,
     )
-    default_timing, best_timings = timings[_label(DEFAULT)], [timings[_label(setting)] for setting in best]
+    default_timing, best_timings = timings[label(DEFAULT)], [timings[label(setting)] for setting in best]
     return {
         "correctness": correctness,
         "search": _search_rows(peers, ours),
@@ -339,7 +341,7 @@ def _compare(case: Case) -> dict[str, Any]:
         "chosen": {
             "kept": kept,
             "replayed": replayed,
-            "peer": min(best, key=lambda setting: timings[_label(setting)].median),
+            "peer": min(best, key=lambda setting: timings[label(setting)].median),
         },
         "over default": ratio([default_timing], timings[first]),
         "over best": ratio(best_timings, timings[first]),
@@ -351,7 +353,7 @@ def _peer_settings(case: Case) -> list[Peer]:
     return sizes + [("mini_batch_num_tokens", budget) for budget in case.budgets]
 
 
-def _label(setting: Peer) -> str:
+def label(setting: Peer) -> str:
     short = {"mini_batch_size": "size", "mini_batch_num_tokens": "tokens"}[setting[0]]
     return f"peer, {short}={setting[1]}{', its default' if setting == DEFAULT else ''}"
 
@@ -362,7 +364,7 @@ def _search(step: Callable[[], object]) -> Timing:
 
 
 def _search_rows(peers: dict[Peer, Timing], ours: dict[float, dict[int, Timing]]) -> list[dict[str, object]]:
-    found = {_label(setting): timing for setting, timing in peers.items()}
+    found = {label(setting): timing for setting, timing in peers.items()}
     for budget, timings in ours.items():
         name = "kept" if budget == KEEP_ALL else "replayed"
         found |= {f"ours, {name}, chunk={chunk}": timing for chunk, timing in timings.items()}
@@ -449,7 +451,7 @@ def _memory_rows(case: Case, chosen: dict[str, Any]) -> list[dict[str, object]]:
     found = {
         "ours, graphs kept": in_child(_peak, case, "ours", (kept, KEEP_ALL)),
         "ours, all replayed": in_child(_peak, case, "ours", (replayed, KEEP_NONE)),
-        **{_label(setting): in_child(_peak, case, "peer", (setting,)) for setting in dict.fromkeys([DEFAULT, best])},
+        **{label(setting): in_child(_peak, case, "peer", (setting,)) for setting in dict.fromkeys([DEFAULT, best])},
     }
     return [
         {"variant": name, "before the step, MB": memory.before / 1e6, "peak beyond, MB": memory.extra / 1e6}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ if not glob.glob("/dev/nvidia[0-9]*"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 for launcher_variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
     os.environ.pop(launcher_variable, None)  # inside a Slurm job the tests are still jobs of their own
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # started in the background, they and their jobs are deaf to it
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,8 @@ def test_vectors_are_those_of_the_prompted_texts(folder: Path, tmp_path: Path) -
     torch.testing.assert_close(vectors[0:20], torch.stack(alone), rtol=0, atol=1e-6)
     halves = corpus.embed(Parts(tmp_path / "half", {}), "pool", passages, embedder, dtype="float16")
     assert halves.rows.dtype == np.float16
-    torch.testing.assert_close(halves[3:9], vectors[3:9].half().float(), rtol=0, atol=0)
+    # Blocks are cut otherwise here, so last bits differ, and a number between two of float16 may go either way.
+    torch.testing.assert_close(halves[3:9], vectors[3:9], rtol=2**-11, atol=1e-6)
 
 
 def test_documents_of_a_beir_folder_and_of_a_file_are_distinct_and_keep_their_ids(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import teachers
 import tiny
@@ -17,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from data.errors import UserError
 from data.pairing import PairEncoder, PairTemplate
 from data.tokens import load_tokenizer
+from trainer.attention import feed
 from trainer.crossencoder import build_cross_encoder, fingerprint, load_cross_encoder, open_teacher
 from trainer.embed import encode
 
@@ -39,6 +41,24 @@ def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     logits = encode(teacher.encoder, rows, tokens_per_chunk=90)
     assert wanted.std() > 0.1
     torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "electra", "xlmr"])
+def test_packed_rows_have_the_logits_and_gradients_of_padded_ones(family: str, tmp_path: Path) -> None:
+    teacher = open_teacher(str(teachers.FAMILIES[family](tmp_path)), max_length=40)
+    rows, order = teacher.pairs.encode(QUERIES, PASSAGES), np.array([3, 0, 4, 1, 2])
+    assert teacher.encoder.packable
+    results = []
+    for packed in (False, True):
+        teacher.encoder.zero_grad()
+        logits = feed(teacher.encoder, rows, order, torch.device("cpu"), packed=packed, padding_id=teacher.padding_id)
+        (logits[:, 0] * torch.linspace(-1, 1, 5)).sum().backward()
+        results.append((logits, [p.grad for p in teacher.encoder.parameters() if p.grad is not None]))
+    (wanted, gradients), (found, own) = results
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert len(own) == len(gradients)
+    for ours, theirs in zip(own, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_token_types_reach_the_model(tmp_path: Path) -> None:

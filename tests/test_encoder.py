@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from data.errors import UserError
 from data.tokens import TextEncoder
 from trainer import gradcache
 from trainer.attention import Segments, pack
-from trainer.device import training_chunk_tokens
+from trainer.device import can_compile, training_chunk_tokens
 from trainer.encoder import (
     Encoder,
     ModelSettings,
+    compile_layers,
     freeze_positions,
     load_backbone,
     open_model,
@@ -184,8 +187,62 @@ def test_gradients_in_bf16_are_those_in_fp32_up_to_its_rounding(tmp_path: Path):
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.999
 
 
-@pytest.mark.parametrize(("layers", "hidden", "tokens"), [(12, 384, 32_768), (12, 768, 16_384), (24, 1024, 6_144)])
+@pytest.mark.parametrize(("layers", "hidden", "tokens"), [(12, 384, 65_536), (12, 768, 32_768), (24, 1024, 12_288)])
 def test_a_training_chunk_on_a_gpu_has_the_same_activations_whatever_the_model(layers: int, hidden: int, tokens: int):
     assert training_chunk_tokens(None, "cuda", layers, hidden) == tokens
     assert training_chunk_tokens(100, "cuda", layers, hidden) == 100
     assert training_chunk_tokens(None, "cpu", layers, hidden) == 2048
+
+
+class Layer(nn.Module):
+    """Such as a backbone has, but small: what is compiled for a CPU takes seconds a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.dropout = nn.Linear(8, 8), nn.Dropout(0.3)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.dropout(nn.functional.gelu(self.dense(hidden)))
+
+
+class Stack(nn.Module):
+    config = SimpleNamespace(num_hidden_layers=3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+@pytest.mark.skipif(not can_compile(), reason="torch.compile needs a C compiler and Python's headers")
+def test_compiled_layers_compute_the_same_and_a_replay_draws_the_same_dropout():
+    inputs = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()  # as word vectors do
+    weights = torch.linspace(-1, 1, 8)
+    chunks = [np.arange(13), np.arange(13, 20)]  # of different shape
+    torch.manual_seed(0)
+    stack = Stack().eval()
+    plain = stack(inputs)
+    torch._dynamo.reset()
+    compile_layers(stack)
+    with torch.no_grad():
+        assert torch.allclose(stack(inputs), plain, atol=1e-6)
+    stack.train()
+
+    def gradient(keep: int) -> torch.Tensor:
+        stack.zero_grad()
+        gradcache.forward_backward(
+            *(lambda rows: stack(inputs[rows]), chunks, keep, lambda found: ((found * weights).sum(), {})),
+            torch.Tensor.backward,
+            seed=1,
+        )
+        return torch.cat([p.grad.flatten() for p in stack.parameters()])
+
+    kept, replayed = gradient(keep=2), gradient(keep=0)
+    assert torch.equal(kept, replayed)
+    assert not torch.allclose(stack(inputs), plain, atol=1e-2), "dropout was drawn"
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] == 3, "one for all layers, for each way of running"

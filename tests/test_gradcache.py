@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +24,18 @@ def test_a_plan_is_a_partition_within_the_budget_with_the_longest_first(lengths:
     assert longest == sorted(longest, reverse=True)
     for chunk, length in zip(chunks, longest, strict=True):
         assert len(chunk) * length <= budget or len(chunk) == 1
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=80), st.integers(1, 200))
+@settings(max_examples=200, deadline=None)
+def test_packed_texts_fill_their_chunks_to_the_last_that_fits(lengths: list[int], budget: int):
+    chunks = gradcache.plan(np.array(lengths, np.int32), budget, packed=True)
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    assert np.concatenate(chunks).tolist() == order
+    sizes = [sum(lengths[row] for row in chunk) for chunk in chunks]
+    for size, chunk, following in zip(sizes, chunks, [*chunks[1:], None], strict=True):
+        assert size <= budget or len(chunk) == 1
+        assert following is None or size + lengths[following[0]] > budget
 
 
 def test_sorting_leaves_almost_no_padding_on_natural_lengths():
@@ -111,3 +126,24 @@ def test_activation_bytes_counts_what_a_forward_holds_beside_the_parameters():
     inputs = torch.randn(8, 16, requires_grad=True)
     held = gradcache.activation_bytes(lambda: torch.tanh(layer(inputs)), layer.parameters())
     assert held == 2 * 8 * 16 * 4  # the inputs, for the weight's gradient, and tanh's result
+
+
+def test_what_was_measured_is_given_back():
+    nodes = []
+
+    class Squared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            nodes.append(weakref.ref(ctx))
+            return values**2
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise NotImplementedError
+
+    weight = torch.ones(1000, requires_grad=True)
+    # sigmoid keeps its own output: were that held as it is, it and all behind it would hold each other for ever
+    held = gradcache.activation_bytes(lambda: Squared.apply(weight).sigmoid(), [weight])
+    gc.collect()
+    assert held == 4000
+    assert [node() for node in nodes] == [None]

@@ -18,10 +18,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from data.tokens import Ragged
 from trainer import dropout as drop
-from trainer.gradcache import Rows, flat
+from trainer.device import onto
+from trainer.gradcache import Rows, flat, pad
 
 _OWN = "quintet"
-_FAMILIES = ("bert", "xlm-roberta", "roberta", "camembert")
+_FAMILIES = ("bert", "xlm-roberta", "roberta", "camembert", "electra")
 
 
 class Segments(NamedTuple):
@@ -32,7 +33,7 @@ class Segments(NamedTuple):
     positions: Tensor
 
     def to(self, device: torch.device) -> Segments:
-        return Segments(self.offsets.to(device), self.longest, self.positions.to(device))
+        return Segments(onto(self.offsets, device), self.longest, onto(self.positions, device))
 
 
 def pack(tokens: Ragged, rows: Rows) -> tuple[Tensor, Segments]:
@@ -50,6 +51,26 @@ def pack(tokens: Ragged, rows: Rows) -> tuple[Tensor, Segments]:
 def is_packable(backbone: PreTrainedModel) -> bool:
     """Whether texts may be packed into one row of it."""
     return backbone.config.model_type in _FAMILIES
+
+
+def feed(
+    model: Callable[..., Tensor],
+    tokens: Ragged,
+    rows: Rows,
+    device: torch.device,
+    *,
+    packed: bool = False,
+    padding_id: int = 0,
+) -> Tensor:
+    """What a model (an Encoder, a CrossEncoder, or the engine of one) says of the chosen texts: fp32 [len(rows), D].
+
+    packed: without padding, where the model can be packed; else as a rectangle.
+    """
+    if packed:
+        ids, segments = pack(tokens, rows)
+        return model(onto(ids, device), segments=segments.to(device))
+    ids, mask = pad(tokens, rows, padding_id)
+    return model(onto(ids, device), onto(mask, device))
 
 
 def use_own_attention(backbone: PreTrainedModel) -> None:
@@ -72,7 +93,8 @@ def _attention(
     """transformers' attention interface: query, key, value [n, H, T, d] -> [n, T, H, d]."""
     if segments is not None:
         attend = _varlen if query.is_cuda else _segment_by_segment
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        # not [0], whose gradient is a copy into zeros
+        query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         return attend(query, key, value, segments, scaling)[None], None
     # The same way with and without gradients, so that a replay computes what the first pass did.
     if query.device.type == "cpu" and module.training and (dropout or query.dtype == torch.bfloat16):

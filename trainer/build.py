@@ -16,9 +16,10 @@ from data.stream import Stream
 from data.tokens import TextEncoder, load_tokenizer
 from trainer import costs, distributed, retrieval, sets, snapshot
 from trainer.checkpoint import Checkpoint
-from trainer.device import training_chunk_tokens
+from trainer.crossencoder import CrossEncoder
+from trainer.device import can_compile, training_chunk_tokens, use_same_kernels
 from trainer.embed import encode
-from trainer.encoder import Encoder
+from trainer.encoder import Encoder, compile_layers
 from trainer.engine import Engine, OptimizerSettings
 from trainer.step import Stepper
 from trainer.tasks import Task, open_task
@@ -70,6 +71,8 @@ def build(config: Config, device: torch.device, saved: Checkpoint | None) -> Par
         searches = config.eval.data and not task.evaluate
         evaluation = sets.load(config.eval.data, limit=config.eval.limit) if searches else []
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    if config.deterministic and device.type == "cuda":
+        use_same_kernels()
     engine = _engine(config, task.module, device)
     if saved:
         engine.restore_optimizer(saved.manifest["updates"], snapshot.moments(saved.folder))
@@ -118,10 +121,12 @@ def _engine(config: Config, module: torch.nn.Module, device: torch.device) -> En
 
 
 def _stepper(config: Config, engine: Engine, task: Task, tokenizer: Any) -> Stepper:
-    module = engine.module
-    sizes: Any = module.backbone.config  # type: ignore[union-attr]
+    module: Any = engine.module  # an Encoder or a CrossEncoder
+    sizes = module.backbone.config
     chunk = training_chunk_tokens(config.tokens_per_chunk, engine.device, sizes.num_hidden_layers, sizes.hidden_size)
-    packed = isinstance(module, Encoder) and _packed(config, module, engine.device)
+    packed = _packed(config, module, engine.device)
+    if _compiled(config, engine, packed):
+        compile_layers(module.backbone)
     return Stepper(
         engine,
         task.objective,
@@ -130,11 +135,16 @@ def _stepper(config: Config, engine: Engine, task: Task, tokenizer: Any) -> Step
         tokens_per_chunk=chunk,
         memory_budget=None if config.memory_budget_gib is None else config.memory_budget_gib * 2**30,
         packed=packed,
-        share_words=not config.model.compile,
     )
 
 
-def _packed(config: Config, encoder: Encoder, device: torch.device) -> bool:
+def _compiled(config: Config, engine: Engine, packed: bool) -> bool:
+    """Whether the backbone's layers are compiled: where nothing is said, where it is known to run and to pay."""
+    wanted, pays = config.model.compile, packed and engine.device.type == "cuda" and engine.stage < 3
+    return pays and can_compile() if wanted is None else wanted
+
+
+def _packed(config: Config, encoder: Encoder | CrossEncoder, device: torch.device) -> bool:
     """Whether texts are fed without padding: where the family and, on CUDA, the kernel's half precision allow it."""
     wanted, family = config.model.attention, encoder.backbone.config.model_type
     half = device.type != "cuda" or config.precision == "bf16"
@@ -198,13 +208,15 @@ def describe(config: Config, parts: Parts) -> list[tuple[str, object]]:
     shares = ", ".join(f"{name} {100 * share:.1f}%" for name, share in parts.order.shares.items())
     pool = config.batch_size
     state = state_bytes(engine.count, config.zero_stage, world)
+    packed = parts.stepper.packed
+    feeding = f"{'packed' if packed else 'padded chunks'}{', compiled' if _compiled(config, engine, packed) else ''}"
     candidates = (1 + config.negatives) * pool
     texts = candidates if config.objective == "ranking" else candidates + pool
     rows: list[tuple[str, object]] = [
         ("pool", f"{pool:,} queries x {candidates:,} candidates, {candidates - 1:,} negatives a query"),
         ("ranks", f"{world}, {pool // world:,} pairs each, ZeRO-{config.zero_stage} on {engine.device.type}"),
         ("model", f"{config.model.path}: {engine.count:,} parameters" + (f", {trained:,} trained" if trained else "")),
-        ("precision", f"{config.precision}{', packed' if parts.stepper.packed else ', padded chunks'}"),
+        ("precision", f"{config.precision}, {feeding}"),
         ("tokens", f"at most {texts * config.max_length:,} a step, {parts.stepper.tokens_per_chunk:,} a chunk"),
         ("memory", f"about {state / 2**30:.2f} GiB a rank for weights, gradients and optimizer, beside activations"),
         ("data", f"{parts.records:,} pairs: {shares}"),

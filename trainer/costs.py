@@ -153,7 +153,7 @@ def work(shape: Shape, lengths: Lengths, compute: Compute, budget: float = math.
     A chunk goes forward once, or twice where its graph is not kept, and backward once, with twice the forward's
     products (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
     """
-    chunks = gradcache.plan(lengths, compute.tokens_per_chunk)
+    chunks = gradcache.plan(lengths, compute.tokens_per_chunk, compute.packed)
     sizes = [lengths[rows].astype(np.int64) for rows in chunks]
     if not compute.packed:
         sizes = [np.full_like(found, found.max()) for found in sizes]

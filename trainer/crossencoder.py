@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from data.errors import UserError
 from data.pairing import PairEncoder, PairSettings, PairTemplate, read_settings, separator
 from data.tokens import load_tokenizer
-from trainer.attention import use_own_attention
+from trainer.attention import Segments, is_packable, use_own_attention
 from trainer.dropout import use_own_dropout
 from trainer.embed import weights_hash
 from trainer.encoder import first_position, load_weights, local_folder
@@ -29,6 +29,8 @@ _ORIGIN = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "arc
 
 class CrossEncoder(nn.Module):
     """forward(input_ids [n, T], attention_mask [n, T] bool) reads n padded rows and returns fp32 logits [n, 1].
+
+    forward(input_ids [1, T], segments=...) does so for packed rows, where `packable` says that it can.
 
     Args:
         backbone: a transformers ...ForSequenceClassification with one label.
@@ -47,16 +49,47 @@ class CrossEncoder(nn.Module):
         """The longest row, in tokens, that the position table holds."""
         return int(self.backbone.config.max_position_embeddings) - first_position(self.backbone.base_model)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        types = {} if self.separator is None else {"token_type_ids": token_types(input_ids, self.separator)}
+    @property
+    def packable(self) -> bool:
+        """Whether rows may be packed into one (see Segments)."""
+        return is_packable(self.backbone)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, segments: Segments | None = None
+    ) -> Tensor:
+        types = {} if self.separator is None else {"token_type_ids": token_types(input_ids, self.separator, segments)}
+        if segments is not None:
+            return self._head(self._first(input_ids, segments, **types)).float()
+        assert attention_mask is not None, "padded rows come with their mask"
         logits: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask.long(), **types).logits
         return logits.float()
 
+    def _first(self, input_ids: Tensor, segments: Segments, **types: Tensor) -> Tensor:
+        """The last layer's output at the first token of every packed row: [n, 1, D]."""
+        base: Any = self.backbone.base_model
+        positions = segments.positions + first_position(base)
+        hidden = base(input_ids=input_ids, position_ids=positions, segments=segments, **types).last_hidden_state
+        return hidden[0, segments.offsets[:-1].long()][:, None]
 
-def token_types(input_ids: Tensor, separator: int) -> Tensor:
-    """1 behind the first separator of every row [n, T], 0 up to and with it. What padding gets is never attended to."""
+    def _head(self, first: Tensor) -> Tensor:
+        """Logits [n, 1] of first tokens [n, 1, D]: BERT's head goes through its pooler, RoBERTa's is whole."""
+        backbone: Any = self.backbone
+        pooler = getattr(backbone.base_model, "pooler", None)
+        logits: Tensor = backbone.classifier(first if pooler is None else backbone.dropout(pooler(first)))
+        return logits
+
+
+def token_types(input_ids: Tensor, separator: int, segments: Segments | None = None) -> Tensor:
+    """1 behind the first separator of every row [n, T], 0 up to and with it. What padding gets is never attended to.
+
+    segments: where the rows lie, if all are packed into one.
+    """
     separators = input_ids == separator
-    return (separators.cumsum(1) > separators).long()
+    found = separators.cumsum(1)
+    if segments is not None:
+        before = (found - separators.long())[0, segments.offsets[:-1].long()]
+        found = found - before.repeat_interleave(segments.offsets.diff().long(), output_size=found.shape[1])
+    return (found > separators).long()
 
 
 def load_cross_encoder(path: str, tokenizer: Any, *, key: str = "model.path", **changes: Any) -> CrossEncoder:

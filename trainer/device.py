@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -24,6 +27,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError("device=cuda: torch sees no GPU; check the driver and the torch build, or use device=cpu")
     if name == "cpu" or not available:
         return torch.device("cpu")
+    # Chunks have many sizes: without this, free memory lies in pieces, and to join them the GPU must be waited for.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = torch.device("cuda", distributed.place().local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
@@ -42,10 +47,24 @@ def keep_freed_memory() -> None:
         set_option(mmap_threshold, 32 << 20)  # the most that it takes
 
 
+def onto(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device. A GPU copies it when it gets there; the host goes on at once.
+
+    From memory that is not pinned the copy would wait until the GPU has done all that it was given.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# Of what is free when a training begins, for graphs that are kept. On a GPU the rest is for gradients, the optimizer's
+# state and a chunk's backward; a host has other users.
+GRAPHS_SHARE = {"cpu": 1 / 2, "cuda": 4 / 5}
+
+
 def free_memory(device: torch.device) -> float:
     """Bytes that this rank may still take: free memory of its GPU, or its share of the host's."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + cached)
     return float(psutil.virtual_memory().available) / distributed.place().local_world
 
 
@@ -63,12 +82,32 @@ def chunk_tokens(wanted: int | None, device: torch.device | str) -> int:
 def training_chunk_tokens(wanted: int | None, device: torch.device | str, layers: int, hidden: int) -> int:
     """The same for a pass whose activations are kept: on a GPU some 10 GiB of them, whatever the model.
 
-    Seen on an H100 in bf16: 300 KiB a token at 12 layers of 384. The size of the model decides, not the free memory,
+    Seen on an H100 in bf16: 350 KiB a token at 12 layers of 768. The size of the model decides, not the free memory,
     so that a run that is started again, or on another card, cuts the same chunks and draws the same dropout.
     """
     if wanted is not None or torch.device(device).type == "cpu":
         return chunk_tokens(wanted, device)
-    return min(65_536, max(1024, 32_768 * 12 * 384 // (layers * hidden)))
+    return min(65_536, max(1024, 32_768 * 12 * 768 // (layers * hidden)))
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds what Triton's launchers need: a C compiler and Python's headers."""
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.is_file() and any(map(shutil.which, ("cc", "gcc", "clang")))
+
+
+def use_same_kernels() -> None:
+    """From now on take only kernels of a GPU that give the same bits each time, and compiled ones by rule, not by time.
+
+    torch raises RuntimeError where an operation has no such kernel. A CPU's are so anyway.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
+    from torch._inductor import config
+
+    if hasattr(config, "deterministic"):
+        config.deterministic = True
 
 
 @contextlib.contextmanager

@@ -19,10 +19,10 @@ from data.errors import NumericError, UserError
 from data.tokens import Ragged, TextEncoder, concat
 from data.tokens import fingerprint as tokenizer_fingerprint
 from trainer import checkpoint
-from trainer.attention import pack
+from trainer.attention import feed
 from trainer.device import chunk_tokens
 from trainer.encoder import Encoder, Model, open_model
-from trainer.gradcache import Rows, pad, plan
+from trainer.gradcache import plan
 
 if TYPE_CHECKING:
     from trainer.crossencoder import CrossEncoder
@@ -61,7 +61,8 @@ def encode(
         progress: called after every chunk.
     """
     device = torch.device(device)
-    chunks = plan(tokens.lengths, chunk_tokens(tokens_per_chunk, device))
+    packed = may_pack(encoder, device, precision)
+    chunks = plan(tokens.lengths, chunk_tokens(tokens_per_chunk, device), packed)
     rounds = agree_max(len(chunks)) if agree_max else len(chunks)
     vectors = torch.empty(len(tokens), encoder.size)
     training = encoder.training
@@ -70,7 +71,7 @@ def encode(
         # No inference mode: tensors made in it could not be used in a backward pass later, and ZeRO-3 keeps
         # parameters that it has gathered here.
         with torch.no_grad(), _autocast(device, precision):
-            embedded = (_forward(encoder, tokens, rows, device, precision) for rows in chunks)
+            embedded = (feed(encoder, tokens, rows, device, packed=packed) for rows in chunks)
             for rows, found in zip(chunks, _on_the_host(embedded), strict=True):
                 vectors[torch.from_numpy(rows)] = found
                 if progress:
@@ -83,17 +84,9 @@ def encode(
     return vectors
 
 
-def _forward(
-    encoder: Encoder | CrossEncoder, tokens: Ragged, rows: Rows, device: torch.device, precision: str
-) -> Tensor:
-    """The chosen rows' vectors on the device: without padding where the kernel for that runs."""
-    if device.type == "cuda" and precision == "bf16" and isinstance(encoder, Encoder) and encoder.packable:
-        ids, segments = pack(tokens, rows)
-        packed: Tensor = encoder(ids.to(device), segments=segments.to(device))
-        return packed.float()
-    ids, mask = pad(tokens, rows)
-    vectors: Tensor = encoder(ids.to(device), mask.to(device))
-    return vectors.float()
+def may_pack(encoder: Encoder | CrossEncoder, device: torch.device, precision: str) -> bool:
+    """Whether texts are read without padding: on a GPU, in the types that the kernel for that has."""
+    return device.type == "cuda" and precision in ("bf16", "fp16") and encoder.packable
 
 
 def _on_the_host(found: Iterable[Tensor]) -> Iterator[Tensor]:

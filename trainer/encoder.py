@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         else:
             positions = segments.positions + self.first_position
             hidden = self.backbone(input_ids=input_ids, position_ids=positions, segments=segments).last_hidden_state
-            pooled = pool_packed(hidden[0].float(), segments.offsets, self.pooling)
+            pooled = pool_packed(hidden.squeeze(0).float(), segments.offsets, self.pooling)
         if self.dimensions:
             pooled = pooled[:, : self.dimensions]
         return F.normalize(pooled, dim=1) if self.normalize else pooled
@@ -96,7 +96,8 @@ def pool_packed(hidden: Tensor, offsets: Tensor, pooling: str) -> Tensor:
     if pooling == "last":
         return hidden[offsets[1:].long() - 1]
     lengths = offsets.diff().long()
-    sums = torch.segment_reduce(hidden, "sum", lengths=lengths, axis=0)
+    # unsafe: without a look at the lengths, for which the host would wait
+    sums = torch.segment_reduce(hidden, "sum", lengths=lengths, axis=0, unsafe=True)
     return sums / lengths[:, None].clamp(min=1)
 
 
@@ -105,6 +106,19 @@ def first_position(backbone: nn.Module) -> int:
     table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return 0 if padding is None else int(padding) + 1
+
+
+def compile_layers(backbone: nn.Module) -> None:
+    """Run the backbone's layers through torch.compile, which fuses what lies between their matrix products.
+
+    They are equal, so one is compiled for all; word vectors stay outside, and may be looked up in any way.
+    Shapes are left open, since the chunks of a batch have many.
+    """
+    count = backbone.config.num_hidden_layers  # type: ignore[union-attr]
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            for layer in module:
+                layer.compile(dynamic=True)
 
 
 def freeze_positions(module: nn.Module) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from trainer import balance, costs
 from trainer.cards import Card
 from trainer.costs import FP32, Compute, Lengths, Shape, Work, state_parts
+from trainer.device import GRAPHS_SHARE
 
 # Bytes that the update moves for each trained parameter, by reading the code of the step in fp32: on every rank the
 # table's gradient, the copy into a bucket, the division, the copy back; of a rank's own part its copy, the norm, the
@@ -122,7 +123,7 @@ BACKWARD_SHARE = 1.5
 class Job:
     """What is trained. lengths: those of the whole batch, queries first; sizes: of the embeddings that get a loss.
 
-    budget: bytes for graphs that are kept, None for half of what is free. gathered_queries: whether these are
+    budget: bytes for graphs that are kept, None for GRAPHS_SHARE of what is free. gathered_queries: whether these are
     exchanged, too. directions: 2 where passages look for their queries as well.
     """
 
@@ -174,7 +175,8 @@ def predict(job: Job, world: int, rates: Rates, links: Links, memory: float) -> 
     state = state_parts(job.shape.parameters, job.zero_stage, world)
     state["bucket"] = bucket_bytes(job.trained, job.zero_stage)
     reserved = 0.0 if job.compute.kind == "cpu" else CUDA_BYTES
-    budget = max(0.0, memory - state["weights"] - reserved) / 2 if job.budget is None else job.budget
+    share = GRAPHS_SHARE["cpu" if job.compute.kind == "cpu" else "cuda"]
+    budget = share * max(0.0, memory - state["weights"] - reserved) if job.budget is None else job.budget
     works = [costs.work(job.shape, lengths, job.compute, budget) for lengths in job.shares(world)]
     times = [sum(encoder_seconds(work, rates).values()) for work in works]
     slowest = works[max(range(world), key=times.__getitem__)]

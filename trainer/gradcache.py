@@ -18,23 +18,36 @@ from torch import Tensor
 
 from data.tokens import Ragged
 from trainer.clock import CPU, Mark, mark, seconds_between
+from trainer.device import onto
 
 Rows = np.ndarray  # the numbers of a chunk's rows; an empty chunk takes part in a collective forward only
 
 
-def plan(lengths: np.ndarray, tokens_per_chunk: int) -> list[Rows]:
-    """Cut rows into chunks of at most `tokens_per_chunk` padded tokens, longest rows first.
+def plan(lengths: np.ndarray, tokens_per_chunk: int, packed: bool = False) -> list[Rows]:
+    """Cut rows into chunks of at most `tokens_per_chunk` tokens, longest rows first; padding counts, unless packed.
 
     The longest come first so that a run that will not fit in memory fails in its first step. A row longer than
     the budget makes a chunk of its own. Equal lengths keep their order: the plan is a function of the lengths.
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    ends = np.cumsum(lengths[order], dtype=np.int64)
     chunks, start = [], 0
     while start < len(order):
-        count = max(1, tokens_per_chunk // max(1, int(lengths[order[start]])))
-        chunks.append(order[start : start + count])
-        start += count
+        longest = int(lengths[order[start]])
+        if packed:
+            stop = int(np.searchsorted(ends, ends[start] - longest + tokens_per_chunk, side="right"))
+        else:
+            stop = start + tokens_per_chunk // max(1, longest)
+        stop = max(stop, start + 1)
+        chunks.append(order[start:stop])
+        start = stop
     return chunks
+
+
+def computed_tokens(lengths: np.ndarray, chunk: Rows, packed: bool = False) -> int:
+    """Tokens that a chunk's forward pass computes: with padding, unless packed."""
+    own = lengths[chunk]
+    return int(own.sum(dtype=np.int64)) if packed else len(chunk) * int(own.max(initial=0))
 
 
 def pad(tokens: Ragged, rows: Rows, padding_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -134,7 +147,7 @@ def _first_pass(
         if embeddings is None:
             embeddings = output.new_empty(sum(map(len, chunks)), output.shape[1])
         if len(rows):
-            embeddings[torch.from_numpy(rows)] = output.detach()
+            embeddings[onto(torch.from_numpy(rows), output.device)] = output.detach()
     assert embeddings is not None, "a batch has rows"
     return graphs, embeddings
 
@@ -148,7 +161,7 @@ def _surrogate(output: Tensor, gradient: Tensor, rows: Rows) -> Tensor:
     """A scalar whose gradient at `output` is this chunk's part of the loss's gradient; zero for an empty chunk."""
     if len(rows) == 0:
         return output.sum() * 0.0
-    return (output * gradient[torch.from_numpy(rows)]).sum()
+    return (output * gradient[onto(torch.from_numpy(rows), gradient.device)]).sum()
 
 
 def activation_bytes(embed: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
@@ -160,7 +173,7 @@ def activation_bytes(embed: Callable[[], Tensor], parameters: Iterable[Tensor]) 
         storage = saved.untyped_storage()
         if storage.data_ptr() not in own:
             held[storage.data_ptr()] = storage.nbytes()
-        return saved
+        return saved.detach()  # an output that its own graph held would never go
 
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         output = embed()

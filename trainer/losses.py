@@ -16,7 +16,8 @@ NO_OWNER = torch.iinfo(torch.int64).min
 
 # Rows whose logits are computed at once: enough for full-speed products with the candidates, few enough for the
 # block to stay in cache and to be small beside the gradient of the candidates. Measured in benchmarks/loss.py.
-_BLOCK_BYTES, _LEAST_ROWS = 4 << 20, 128
+_BLOCK_BYTES, _LEAST_ROWS = 4 << 20, {"cpu": 128, "cuda": 1024}
+_LOOK_AHEAD = 64  # equal candidates, in rows of the matrix, that are found for all blocks at once
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def info_nce(
         The loss, a scalar differentiable in both embeddings, and the figures of the pool.
     """
     if block_rows == 0:
-        block_rows = max(_LEAST_ROWS, _BLOCK_BYTES // (4 * len(passage)))
+        block_rows = max(_LEAST_ROWS[query.device.type], _BLOCK_BYTES // (4 * len(passage)))
     hidden = _Hidden(identity, filters, temperature)
     loss, *figures = _InfoNCE.apply(query, passage, hidden, temperature, min(block_rows, len(query)))
     return loss, Pool(*figures)
@@ -171,9 +172,24 @@ class _Hidden:
         self.positive, self.columns = identity.positive, len(identity.passage)
         self.filters, self.temperature = filters, temperature
         positive = identity.passage[identity.positive]
-        self.ranges = [_equal_ranges(identity.passage, positive), _equal_ranges(identity.owner, identity.query)]
+        self._ranges = [_equal_ranges(identity.passage, positive), _equal_ranges(identity.owner, identity.query)]
         if identity.partner is not None:
-            self.ranges.append(_equal_ranges(identity.partner, positive))
+            self._ranges.append(_equal_ranges(identity.partner, positive))
+        self._cells, self._found = self._look_ahead()
+
+    def _look_ahead(self) -> tuple[Tensor | None, list[int]]:
+        """The equal cells of all rows, and on the host how many of them come before each row and in all.
+
+        So the host waits for a GPU once, not in every block. Only where they would take too much memory the cells are
+        left for later, None, with an upper bound of their numbers.
+        """
+        counts = torch.stack([ranges.count for ranges in self._ranges])
+        found = F.pad(torch.where(counts > 1, counts, 0).sum(0).cumsum(0), (1, 0))
+        if int(found[-1]) > _LOOK_AHEAD * self.columns:
+            return None, found.tolist()
+        cells = self._equal(slice(0, len(self.positive)))
+        starts = torch.arange(len(self.positive) + 1, device=cells.device) * self.columns
+        return cells, torch.searchsorted(cells, starts).tolist()
 
     def hide(self, logits: Tensor, rows: slice) -> Masked:
         """Set the hidden candidates of a block [R, G] to -inf."""
@@ -208,14 +224,22 @@ class _Hidden:
 
     def _hide_equal(self, logits: Tensor, rows: slice) -> Masked:
         count, hidden_sum = torch.zeros_like(logits[:, 0], dtype=torch.int64), torch.zeros_like(logits[:, 0])
-        cells = torch.cat([_cells(ranges, rows, self.columns) for ranges in self.ranges]).unique()
-        row, column = cells // self.columns, cells % self.columns
-        other = column != self.positive[rows][row]
-        row, column = row[other], column[other]
+        if self._found[rows.start] == self._found[rows.stop]:
+            return Masked(count, hidden_sum)
+        if self._cells is None:
+            cells = self._equal(rows)
+        else:
+            cells = self._cells[self._found[rows.start] : self._found[rows.stop]]
+        row, column = cells // self.columns - rows.start, cells % self.columns
         count.index_add_(0, row, torch.ones_like(row))
         hidden_sum.index_add_(0, row, logits[row, column])
         logits[row, column] = float("-inf")
         return Masked(count, hidden_sum)
+
+    def _equal(self, rows: slice) -> Tensor:
+        """Flat numbers row * G + column of the candidates of equal text that are not the row's positive, in order."""
+        cells = torch.cat([_cells(ranges, rows, self.columns) for ranges in self._ranges]).unique()
+        return cells[cells % self.columns != self.positive[cells // self.columns]]
 
 
 @dataclass(frozen=True)
@@ -234,7 +258,7 @@ def _equal_ranges(hashes: Tensor, keys: Tensor) -> _Ranges:
 
 
 def _cells(ranges: _Ranges, rows: slice, columns: int) -> Tensor:
-    """Flat numbers (row in the block) * G + column of the block's candidates with an equal hash.
+    """Flat numbers row * G + column of the rows' candidates with an equal hash.
 
     A row whose only match is one column is left out: that column is its own positive.
     """
@@ -242,7 +266,8 @@ def _cells(ranges: _Ranges, rows: slice, columns: int) -> Tensor:
     row = (count > 1).nonzero()[:, 0]
     first, count = ranges.first[rows][row], count[row]
     place = torch.arange(int(count.sum()), device=count.device) - (count.cumsum(0) - count).repeat_interleave(count)
-    return row.repeat_interleave(count) * columns + ranges.order[first.repeat_interleave(count) + place]
+    column = ranges.order[first.repeat_interleave(count) + place]
+    return (row + rows.start).repeat_interleave(count) * columns + column
 
 
 # --- the teacher ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.collate import Batch
 from trainer import distributed
-from trainer.device import full_products
+from trainer.device import full_products, onto
 from trainer.losses import (
     NO_FILTERS,
     NO_OWNER,
@@ -98,7 +98,7 @@ def distillation(
     alpha too: what it was is not published. `term` is one of DISTILLATIONS; the rest is as for `contrastive`.
     """
     assert batch.scores is not None, "a batch for distillation has scores, if only NaN"
-    teacher = torch.from_numpy(batch.scores).to(embeddings.device)
+    teacher = onto(torch.from_numpy(batch.scores), embeddings.device)
     scene = _scene(embeddings, batch, options)
     hidden = _equal_to_positive(batch, embeddings.device)
     distill = DISTILLATIONS[term]
@@ -153,7 +153,7 @@ def _equal_to_positive(batch: Batch, device: torch.device) -> Tensor:
     groups = batch.group_hash
     equal = torch.from_numpy(groups == groups[:, :1])
     equal[:, 0] = False
-    return equal.to(device)
+    return onto(equal, device)
 
 
 # --- the contrastive terms ------------------------------------------------------------------------------------------
@@ -252,8 +252,8 @@ def _filters(
     """What is hidden in one direction. In reverse a row's own group is its query alone."""
     device, hidden = who.query.device, None
     if options.teacher_margin is not None and batch.scores is not None and not reverse:
-        hidden = torch.from_numpy(batch.scores > batch.scores[:, :1] + options.teacher_margin).to(device)
-    own_only = None if batch.own_only is None else torch.from_numpy(batch.own_only).to(device)
+        hidden = onto(torch.from_numpy(batch.scores > batch.scores[:, :1] + options.teacher_margin), device)
+    own_only = None if batch.own_only is None else onto(torch.from_numpy(batch.own_only), device)
     if options.margin is None and guide is None and hidden is None and own_only is None:
         return NO_FILTERS
     group = who.positive[:, None]
@@ -273,10 +273,10 @@ def identity(batch: Batch, device: torch.device) -> Identity:
     query = torch.from_numpy(batch.query_hash)
     passage = torch.from_numpy(batch.passage_hash)
     owner = torch.cat([query, query.new_full((len(passage) - len(query),), NO_OWNER)])
-    pool = distributed.gather_rows(torch.stack([passage, owner], dim=1).to(device))
+    pool = distributed.gather_rows(onto(torch.stack([passage, owner], dim=1), device))
     first = distributed.rank() * len(passage)
     positive = torch.arange(first, first + len(query), device=device)
-    return Identity(query.to(device), positive, pool[:, 0].contiguous(), pool[:, 1].contiguous())
+    return Identity(onto(query, device), positive, pool[:, 0].contiguous(), pool[:, 1].contiguous())
 
 
 def _with_queries(who: Identity, batch: Batch) -> Identity:

@@ -28,7 +28,7 @@ _GIB, _GB = 2**30, 1e9
 # What to do about each part of a step, when it is the largest.
 _LIMITS = {
     "encoder products": "the card's arithmetic; shorter texts or a smaller model, a faster card, more of them",
-    "between the products": "the card's memory, between the products; model.compile=true may help, unmeasured here",
+    "between the products": "the card's memory; model.compile, where it is off, fuses what lies there",
     "calls": "starting work on the card: chunks are small for it; raise tokens_per_chunk, or use fewer GPUs",
     "weights of each chunk": "weights and gradients moved for every chunk; raise tokens_per_chunk",
     "loss": "the products of the loss, in fp32; more GPUs share them",

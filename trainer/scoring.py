@@ -33,10 +33,11 @@ from data.index import Index
 from data.parts import write_whole
 from data.reading import Policy, read_block
 from data.scores import Logits, ScoreCache, Scores, ScoreWriter
+from trainer.attention import feed
 from trainer.crossencoder import Teacher
 from trainer.device import chunk_tokens
-from trainer.embed import Rate
-from trainer.gradcache import pad, plan
+from trainer.embed import Rate, may_pack
+from trainer.gradcache import plan
 from trainer.preempt import StopRequest
 from trainer.runfolder import Lease
 
@@ -82,11 +83,12 @@ class Scorer:
     def __init__(self, teacher: Teacher, device: torch.device, precision: str, tokens_per_chunk: int | None) -> None:
         self.teacher, self._device = teacher, device
         self._half, self._tokens_per_chunk = HALVES.get(precision), chunk_tokens(tokens_per_chunk, device)
+        self._packed = may_pack(teacher.encoder, device, precision)
 
     def __call__(self, rows: PairRows) -> Iterator[tuple[Numbers, Logits]]:
         """(some of the rows, their logits), longest rows first; the next batch runs while one is looked at."""
         running: tuple[Numbers, Tensor] | None = None
-        for chunk in plan(rows.lengths, self._tokens_per_chunk):
+        for chunk in plan(rows.lengths, self._tokens_per_chunk, self._packed):
             begun = chunk, self._logits(rows, chunk)
             if running:
                 yield running[0], running[1].cpu().numpy()
@@ -95,11 +97,14 @@ class Scorer:
             yield running[0], running[1].cpu().numpy()
 
     def _logits(self, rows: PairRows, chunk: Numbers) -> Tensor:
-        tokens = rows.take(chunk)
-        ids, mask = pad(tokens, np.arange(len(chunk)), self.teacher.padding_id)
+        teacher, tokens = self.teacher, rows.take(chunk)
         with torch.inference_mode(), self._autocast():
-            logits: Tensor = self.teacher.encoder(ids.to(self._device), mask.to(self._device))
-        return logits[:, 0].float()
+            logits = feed(
+                *(teacher.encoder, tokens, np.arange(len(chunk)), self._device),
+                packed=self._packed,
+                padding_id=teacher.padding_id,
+            )
+        return logits[:, 0]
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device.type, dtype=self._half) if self._half else nullcontext()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from data.collate import Batch
 from trainer import distributed, gradcache
-from trainer.attention import pack
+from trainer.attention import feed
 from trainer.clock import Mark, mark, seconds_between
-from trainer.device import free_memory
+from trainer.device import GRAPHS_SHARE, free_memory
 from trainer.engine import Engine
 from trainer.gradcache import Rows, Seconds
 from trainer.objectives import Figures
@@ -54,9 +54,9 @@ class Outcome:
 class Stepper:
     """Runs steps of one engine.
 
-    tokens_per_chunk bounds one forward pass; memory_budget (bytes; None: half of what is free) bounds the graphs
-    kept between the passes; packed feeds texts without padding; share_words looks word vectors up once a step (see
-    words.py), which a compiled backbone would be compiled anew for.
+    tokens_per_chunk bounds one forward pass; memory_budget (bytes; None: GRAPHS_SHARE of what is free) bounds the
+    graphs kept between the passes; packed feeds texts without padding; share_words looks word vectors up once a step
+    (see words.py).
     """
 
     engine: Engine
@@ -88,8 +88,7 @@ class Stepper:
                 words.pass_on(self.engine.backward)
         applied = self.engine.step(lr)
         lengths = batch.tokens.lengths
-        computed = sum(len(rows) * int(lengths[rows].max(initial=0)) for rows in chunks)
-        tokens = int(lengths.sum())
+        computed = sum(gradcache.computed_tokens(lengths, rows, self.packed) for rows in chunks)
         return Outcome(
             figures,
             applied,
@@ -97,8 +96,8 @@ class Stepper:
             seconds,
             gathers,
             mark(self.engine.device),
-            tokens,
-            tokens if self.packed else computed,
+            int(lengths.sum()),
+            computed,
             len(chunks),
             keep,
         )
@@ -119,7 +118,7 @@ class Stepper:
 
     def _plan(self, batch: Batch) -> tuple[list[Rows], int]:
         """The batch's chunks, and how many of them keep their graph."""
-        chunks = gradcache.plan(batch.tokens.lengths, self.tokens_per_chunk)
+        chunks = gradcache.plan(batch.tokens.lengths, self.tokens_per_chunk, self.packed)
         if not self._bytes_per_token:
             self._measure(batch, chunks[0])
         if self.engine.stage < 3:
@@ -133,14 +132,15 @@ class Stepper:
         """Find the bytes that a token's graph holds, on the chunk of the longest texts, which need the most."""
         parameters = self.engine.module.parameters()
         held = gradcache.activation_bytes(lambda: self._embed(batch, longest), parameters)
-        self._bytes_per_token = held / int(batch.tokens.lengths[longest].sum())
+        self._bytes_per_token = held / gradcache.computed_tokens(batch.tokens.lengths, longest, self.packed)
         if self.memory_budget is None:
-            self.memory_budget = free_memory(self.engine.device) / 2
+            device = self.engine.device
+            self.memory_budget = GRAPHS_SHARE[device.type] * free_memory(device)
 
     def _fitting(self, batch: Batch, chunks: list[Rows]) -> int:
         assert self.memory_budget is not None, "measured first"
         lengths = batch.tokens.lengths
-        tokens = np.cumsum([len(rows) * int(lengths[rows].max(initial=0)) for rows in chunks])
+        tokens = np.cumsum([gradcache.computed_tokens(lengths, rows, self.packed) for rows in chunks])
         return int((tokens * self._bytes_per_token <= self.memory_budget).sum())
 
     def _embed(self, batch: Batch, rows: Rows) -> Tensor:
@@ -149,10 +149,5 @@ class Stepper:
         if len(rows) == 0:
             one = torch.full((1, 1), self.padding_id, device=device)
             embedded: Tensor = self.engine(one, torch.ones_like(one, dtype=torch.bool))
-        elif self.packed:
-            ids, segments = pack(batch.tokens, rows)
-            embedded = self.engine(ids.to(device), segments=segments.to(device))
-        else:
-            ids, mask = gradcache.pad(batch.tokens, rows, self.padding_id)
-            embedded = self.engine(ids.to(device), mask.to(device))
-        return embedded
+            return embedded
+        return feed(self.engine, batch.tokens, rows, device, packed=self.packed, padding_id=self.padding_id)

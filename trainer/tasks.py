@@ -177,8 +177,6 @@ def _prepare(config: Config, module: Any, tokenizer: Any) -> None:
     model = config.model
     if model.path != "random" if model.freeze_positions is None else model.freeze_positions:
         freeze_positions(module)
-    if model.compile:
-        module.backbone.compile(dynamic=True)
     module.train()
 
 

@@ -34,7 +34,9 @@ class ModelConfig:
         help="packed: no padding at all, without attention dropout (CUDA); auto: packed where it runs",
         choices=("auto", "packed", "padded"),
     )
-    compile: bool = key(False, help="run the backbone through torch.compile")
+    compile: bool | None = key(
+        None, help="run the backbone's layers through torch.compile; null: on a GPU, packed, below ZeRO-3"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +126,14 @@ class Config:
     zero_stage: int = key(1, help="DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
     precision: str = key("fp32", help="of the encoder's matrix products: fp32, or bf16 by autocast")
     tf32: bool = key(True, help="allow TF32 in fp32 matrix products of the encoder (CUDA)")
+    deterministic: bool = key(False, help="take only kernels that give the same bits each time (CUDA); slower")
     tokens_per_chunk: int | None = key(
         None, help="padded tokens of one forward pass; null: 10 GiB of activations on a GPU, 2048 on a CPU", low=1
     )
     memory_budget_gib: float | None = key(
-        None, help="activations kept between the passes, by rank, in GiB; null: half of what is free", low=0
+        None,
+        help="activations kept between the passes, by rank, in GiB; null: half of what is free, 4/5 on a GPU",
+        low=0,
     )
 
     lanes: int = key(64, help="parts of every source that are read side by side; a multiple of the ranks", low=1)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.device import onto
+
 
 class Words:
     """The rows of a word table that stand in a batch: a leaf whose gradient chunks add to."""
@@ -38,7 +40,9 @@ class Words:
 @contextmanager
 def shared(table: nn.Embedding, ids: np.ndarray) -> Iterator[Words]:
     """Let the table look up only `ids` (any order, repeats allowed), and collect their gradient, until the end."""
-    words = Words(table, torch.from_numpy(np.unique(ids).astype(np.int64)).to(table.weight.device))
+    used = np.zeros(table.num_embeddings, dtype=bool)  # ten times faster than to sort the ids
+    used[ids] = True
+    words = Words(table, onto(torch.from_numpy(np.flatnonzero(used)), table.weight.device))
     table.forward = words.look_up  # type: ignore[method-assign, assignment]
     try:
         yield words
