@@ -15,7 +15,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-PAIRS, STEPS, LR, TEMPERATURE = 32_768, 2, 0.01, 0.01
+PAIRS, STEPS, LR, TEMPERATURE = 32_768, 1, 0.01, 0.01
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.01}
 
 
