@@ -45,7 +45,7 @@ format: install  ## put the sources in the common format
 	@.venv/bin/python -m ruff format .
 
 test: install  ## run the tests
-	@$(RUN) .venv/bin/python -m pytest $(ARGS)
+	@$(RUN) bash tests/run.sh $(ARGS)
 
 demo: install  ## collect, pack, pretrain, evaluate, export and search, on real text
 	@$(RUN) bash demo.sh $(ARGS)

@@ -30,6 +30,13 @@ signal.signal(
 )  # started in the background, they and their jobs are deaf to it
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of modules that start ranks: they want the cores for themselves (run.sh)."""
+    for item in items:
+        if isinstance(item, pytest.Function) and {"jobs", "ranks"} & vars(item.module).keys():
+            item.add_marker(pytest.mark.ranks)
+
+
 @pytest.fixture(autouse=True)
 def plain_log() -> Iterator[None]:
     """Undo what the command line, called in a test, does to our logger: other tests read it through caplog."""

@@ -79,6 +79,14 @@ def commands(page: Path) -> Iterator[Command]:
                     yield Command(block.page, block.line + start, words)
 
 
+def typed(beginning: str) -> list[list[str]]:
+    """The words of the pages' command lines that begin so, each once, without ellipses."""
+    pages = [page for page in PAGES if page.name != "troubleshooting.md"]  # which has messages instead
+    lines = {shlex.join(found.words): found.words for page in pages for found in commands(page)}
+    fitting = [words for line, words in lines.items() if line.removeprefix(".venv/bin/").startswith(beginning)]
+    return [[word for word in words if word not in ("...", "…")] for words in fitting]
+
+
 def spans(page: Path) -> Iterator[Command]:
     """The commands within sentences: between backticks, with a word behind the program."""
     text = page.read_text(encoding="utf-8")

@@ -19,9 +19,12 @@ import jobs
 import psutil
 import pytest
 import tiny
+from pages import typed
 from safetensors.torch import load_file
 
-TWO_HOSTS = Path(__file__).resolve().parent / "two_hosts.sh"
+ROOT = Path(__file__).resolve().parent.parent
+TWO_HOSTS = ROOT / "tests" / "two_hosts.sh"
+LAUNCHES = typed("quintet launch --hostfile")
 STEPS = 120  # some seconds, in which a fault can come
 LONGER: dict[str, Any] = {"steps": STEPS, "save_every_steps": 20}
 SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"
@@ -81,6 +84,26 @@ def on_first(command: list[str]) -> list[str]:
 def launch(hosts: Path, **changes: object) -> list[str]:
     words = jobs.settings(hosts, **LONGER | changes)
     return on_first([jobs.QUINTET, "launch", "--hostfile", str(hosts / "hostfile"), "pretrain", *words])
+
+
+@pytest.fixture
+def desk(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout as the pages have it, where one types: its configurations, hostfiles and .venv."""
+    desk = hosts / "desk"
+    if not desk.exists():
+        shutil.copytree(ROOT / "configs", desk / "configs")
+        for name in ("hosts", "configs/cluster/hostfile"):
+            shutil.copy(hosts / "hostfile", desk / name)
+        (desk / ".venv/bin").mkdir(parents=True)
+        (desk / ".venv/bin/quintet").symlink_to(jobs.QUINTET)
+    monkeypatch.chdir(desk)
+    return desk
+
+
+def launch_of_page(number: int, hosts: Path, **changes: object) -> list[str]:
+    """A page's own line to launch over a hostfile, with what makes it a small job behind it."""
+    small = {"steps": 3000, "save_every_steps": 20, "device": "cpu", "precision": "fp32", "mirror": ""}
+    return on_first([*LAUNCHES[number], *jobs.settings(hosts, **small | changes)])
 
 
 def ranks_there() -> dict[int, psutil.Process]:
@@ -161,9 +184,10 @@ def _all_processes() -> Iterator[psutil.Process]:
             yield process
 
 
+@pytest.mark.usefixtures("desk")
 def test_a_launch_that_is_stopped_writes_a_checkpoint_on_both_hosts(hosts: Path) -> None:
     run_dir = hosts / "stopped"
-    job = jobs.start(launch(hosts, run_dir=run_dir, steps=3000), hosts / "stopped.log")
+    job = jobs.start(launch_of_page(0, hosts, run_dir=run_dir), hosts / "stopped.log")
     try:
         jobs.wait_for_step(job, run_dir, 3)
         _quintet(job).send_signal(signal.SIGTERM)
@@ -174,14 +198,29 @@ def test_a_launch_that_is_stopped_writes_a_checkpoint_on_both_hosts(hosts: Path)
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
 
 
+@pytest.mark.usefixtures("desk")
+@pytest.mark.parametrize("words", typed("quintet doctor --hostfile"), ids=" ".join)
+def test_doctor_reaches_every_host_of_a_pages_line(words: list[str], hosts: Path) -> None:
+    log = hosts / "doctor.log"
+    assert jobs.run(on_first(words), log) == 0
+    said = log.read_text()
+    assert "quintet1" in said or "10.77.0.1" in said
+    assert "quintet2" in said or "10.77.0.2" in said
+
+
+def test_every_line_that_launches_over_hosts_is_typed_above() -> None:
+    assert len(LAUNCHES) == 3
+
+
 def _quintet(job: subprocess.Popen[bytes]) -> psutil.Process:
     """The launcher itself: `ip netns exec` has become it."""
     return psutil.Process(job.pid)
 
 
+@pytest.mark.usefixtures("desk")
 def test_a_killed_launcher_leaves_no_rank_on_any_host(hosts: Path) -> None:
     run_dir = hosts / "orphans"
-    job = jobs.start(launch(hosts, run_dir=run_dir, steps=3000), hosts / "orphans.log")
+    job = jobs.start(launch_of_page(1, hosts, run_dir=run_dir), hosts / "orphans.log")
     try:
         jobs.wait_for_step(job, run_dir, 1)
         assert sorted(ranks_there()) == [0, 1]
@@ -192,10 +231,11 @@ def test_a_killed_launcher_leaves_no_rank_on_any_host(hosts: Path) -> None:
         jobs.end(job)
 
 
+@pytest.mark.usefixtures("desk")
 def test_a_rank_killed_on_the_second_host_ends_the_job(hosts: Path) -> None:
     """With deepspeed alone the first host's ranks, and the command, stay for ever."""
     run_dir = hosts / "killed"
-    job = jobs.start(launch(hosts, run_dir=run_dir, steps=3000), hosts / "killed.log")
+    job = jobs.start(launch_of_page(2, hosts, run_dir=run_dir), hosts / "killed.log")
     try:
         jobs.wait_for_step(job, run_dir, 2)
         ranks_there()[1].kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pairs
 import psutil
 import pytest
 import teachers
+from pages import typed
 from test_resume import trajectory
 
 from trainer.crossencoder import fingerprint, open_teacher
@@ -51,11 +53,14 @@ class Slurm:
         log = f"--output={self.folder}/%j.out"
         return self.call("sbatch", "--parsable", *shape, log, *options, f"slurm/{script}.sh", *arguments)
 
-    def launch(self, stage: str, *arguments: str) -> str:
-        """The number of such a job on two nodes, submitted by `quintet launch --slurm`."""
+    def launch(self, *arguments: str) -> str:
+        """The number of such a job on two nodes, submitted by the page's line for `quintet launch --slurm`."""
+        (words,) = typed("quintet launch --slurm")
+        place = words.index("pretrain")
         shape = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
         options = [f"--sbatch={option}" for option in (*shape, f"--output={self.folder}/%j.out")]
-        return self.call(jobs.QUINTET, "launch", "--slurm", *options, stage, *arguments)
+        (self.folder / "my.yaml").write_text("lanes: 4\n")  # its --config is the reader's own
+        return self.call(*words[:place], *options, *words[place:], str(self.folder / "my.yaml"), *arguments)
 
     def log(self, job: str) -> str:
         file = self.folder / f"{job}.out"
@@ -125,7 +130,7 @@ def test_two_nodes_train_as_two_local_ranks_through_a_warning_a_requeue_and_the_
     slurm: Slurm, folder: Path, local: Path
 ) -> None:
     run_dir = folder / "interrupted"
-    job = slurm.launch("pretrain", *jobs.settings(folder, run_dir=run_dir, steps=STEPS), "zero_stage=1")
+    job = slurm.launch(*jobs.settings(folder, run_dir=run_dir, steps=STEPS), "zero_stage=1")
 
     slurm.wait_for_step(job, run_dir, 4)
     slurm.call("scancel", "--signal=USR1", "--batch", job)  # as --signal=B:USR1@300 does before the end of the time
@@ -151,6 +156,22 @@ def test_two_nodes_train_as_two_local_ranks_through_a_warning_a_requeue_and_the_
     assert [f"start {number}: 2 nodes" in slurm.log(job) for number in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
     assert "lost node2, requeued (restart 3" in slurm.log(job)
     assert slurm.log(job).count("requeued (restart") == 2, "the requeue in between was not the job's own"
+
+
+@pytest.mark.parametrize("words", typed("sbatch"), ids=" ".join)
+def test_a_submission_of_a_page_is_taken_and_says_what_each_node_would_run(slurm: Slurm, words: list[str]) -> None:
+    """As it stands, with --dry-run behind it, and what makes it a job for these two nodes before its script."""
+    script = next(place for place, word in enumerate(words) if word.endswith(".sh"))
+    shape = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=5")
+    options = ("--parsable", *words[1:script], *shape, f"--output={slurm.folder}/%j.out")
+    job = slurm.call("sbatch", *options, *words[script:], "--dry-run")
+    slurm.wait_for_state(job, "COMPLETED")
+    stage = Path(words[script]).stem
+    run = shlex.join(["quintet", *([] if stage == "stage" else [stage]), *words[script + 1 :]])
+    first, *nodes = slurm.log(job).splitlines()
+    assert first.startswith("job: 2 tasks on 2 nodes")
+    assert len(nodes) == 2
+    assert all(node.endswith(run) for node in nodes)
 
 
 def test_neither_a_mistake_nor_a_cancelled_job_comes_back(slurm: Slurm, folder: Path) -> None:

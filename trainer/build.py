@@ -18,7 +18,7 @@ from trainer import costs, distributed, retrieval, sets, snapshot
 from trainer.checkpoint import Checkpoint
 from trainer.crossencoder import CrossEncoder
 from trainer.device import can_compile, training_chunk_tokens, use_same_kernels
-from trainer.embed import encode
+from trainer.embed import encode, may_pack
 from trainer.encoder import Encoder, compile_layers
 from trainer.engine import Engine, OptimizerSettings
 from trainer.step import Stepper
@@ -151,7 +151,7 @@ def _packed(config: Config, encoder: Encoder | CrossEncoder, device: torch.devic
     if wanted == "packed" and not (encoder.packable and half):
         reason = f"{family} cannot run packed" if half else "its kernel needs precision=bf16"
         raise UserError(f"model.attention=packed: {reason}; use auto or padded")
-    return wanted == "packed" or (wanted == "auto" and device.type == "cuda" and encoder.packable and half)
+    return wanted == "packed" or (wanted == "auto" and may_pack(encoder, device, config.precision))
 
 
 def _flops_per_token(trained: torch.nn.Module, engine: Engine) -> float:

@@ -114,9 +114,9 @@ def bucket_bytes(trained: int, zero_stage: int) -> float:
 # --- a whole step -------------------------------------------------------------------------------------------------
 
 CUDA_BYTES = float(1 << 30)  # what CUDA, its kernels and NCCL take of a card beside tensors; a guess
-# Of the largest chunk's graph: what an H100 held in its backward, 300 KiB a token at 12 x 384 (trainer/device.py), is
-# half as much again as what a forward pass keeps.
-BACKWARD_SHARE = 1.5
+# Of the largest chunk's graph: what its backward takes beside it. An H100 held 43 GiB beside its state where the two
+# chunks that it kept have some 40 (12 x 768, benchmarks/LOG.md).
+BACKWARD_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ def predict(job: Job, world: int, rates: Rates, links: Links, memory: float) -> 
         "optimizer": update_bytes(job.shape.words, job.trained, job.zero_stage, world) / rates.update + rates.step,
     }
     held = {
-        "graphs kept": max(work.held for work in works),
-        "one more chunk": BACKWARD_SHARE * max(work.largest for work in works),
+        "graphs": max(max(work.held, work.largest) for work in works),  # of a replay, where none is kept
+        "a chunk's backward": BACKWARD_SHARE * max(work.largest for work in works),
         "embeddings and loss": costs.pool_bytes(rows, texts, gathered, size),
         "CUDA": reserved,
     }
