@@ -31,10 +31,12 @@ signal.signal(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of modules that start ranks: they want the cores for themselves (run.sh)."""
+    """Mark what run.sh runs one after the other: modules whose jobs have several ranks, their own ports, all cores."""
     for item in items:
-        if isinstance(item, pytest.Function) and {"jobs", "ranks"} & vars(item.module).keys():
-            item.add_marker(pytest.mark.ranks)
+        if isinstance(item, pytest.Function):
+            name = item.module.__name__
+            if ("jobs" in vars(item.module) and name != "test_typed") or name in ("test_step", "test_pool"):
+                item.add_marker(pytest.mark.jobs)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All tests: those that start ranks, one after the other, and beside them the rest, on what they leave of the cores.
+# All tests: those with jobs of several ranks, one after the other, and beside them the rest, on what they leave of the
+# cores.
 #
 #   bash tests/run.sh [ARGUMENTS]     with arguments: pytest, with those
 set -euo pipefail
@@ -8,11 +9,11 @@ pytest=(.venv/bin/python -m pytest)
 if (($#)); then exec "${pytest[@]}" "$@"; fi
 
 log=$(mktemp)
-nice "${pytest[@]}" -m "not gpu and not network and not ranks" >"$log" 2>&1 &
+nice "${pytest[@]}" -m "not gpu and not network and not jobs" >"$log" 2>&1 &
 rest=$!
 trap 'kill "$rest" 2>/dev/null; rm -f "$log"' EXIT
 code=0
-"${pytest[@]}" -m "not gpu and not network and ranks" || code=$?
+"${pytest[@]}" -m "not gpu and not network and jobs" || code=$?
 wait "$rest" || code=$?
 cat "$log"
 exit "$code"

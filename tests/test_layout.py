@@ -42,6 +42,7 @@ MODULES = sorted({stage.module for stage in STAGES.values()})
 # import names that differ from the name of what is installed
 DISTRIBUTIONS = {
     "faiss": "faiss-cpu",
+    "inf_cl": "inf-cl",
     "huggingface_hub": "huggingface-hub",
     "pytrec_eval": "pytrec-eval-terrier",
     "wandb_workspaces": "wandb-workspaces",
