@@ -120,14 +120,14 @@ def test_sigterm_to_one_rank_stops_all_after_a_checkpoint_with_code_75(folder: P
 
 
 def test_world_size_and_stage_may_change_between_starts(folder: Path):
-    """4 -> 2 -> 4 -> 1 ranks, ZeRO-1 -> 2 -> 3 -> 0, against 2 ranks throughout: same batches, losses within 1e-5.
+    """2 -> 4 -> 1 ranks, ZeRO-2 -> 3 -> 0, against 2 ranks of ZeRO-1 throughout: same batches, losses within 1e-5.
 
     The optimizer's state goes along. Dropout is off: its masks belong to chunks, and other ranks cut other chunks.
     """
     changes = {"model.dropout": 0.0, "steps": STEPS}
     steady, moved = folder / "steady", folder / "moved"
     assert jobs.run(jobs.command(2, jobs.settings(folder, run_dir=steady, **changes)), folder / "steady.log") == 0
-    for world, stage, last in ((4, 1, 3), (2, 2, 8), (4, 3, 13), (1, 0, STEPS)):
+    for world, stage, last in ((2, 2, 3), (4, 3, 8), (1, 0, STEPS)):
         command = jobs.command(world, jobs.settings(folder, run_dir=moved, zero_stage=stage, **changes))
         if last < STEPS:
             stop_after(folder, f"moved-{world}", command, moved, last)
@@ -135,7 +135,7 @@ def test_world_size_and_stage_may_change_between_starts(folder: Path):
             assert jobs.run(command, folder / f"moved-{world}.log") == 0
     one, other = jobs.steps(steady), jobs.steps(moved)
     assert sorted(one) == sorted(other) == list(range(1, STEPS + 1))
-    assert sorted(attempts(moved)) == [1, 2, 3, 4]
+    assert sorted(attempts(moved)) == [1, 2, 3]
     assert sum(len(steps) for steps in attempts(moved).values()) == STEPS, "no step was done twice"
     for step in one:
         assert other[step]["data/batch_hash"] == one[step]["data/batch_hash"]
