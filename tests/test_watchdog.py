@@ -185,13 +185,19 @@ def test_a_port_in_use_is_named_with_its_mend(folder: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_a_lock_that_a_dead_build_has_left_does_not_hold_up_a_start(
+def test_a_start_compiles_nothing_and_does_not_wait_for_the_lock_of_a_dead_build(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's builder of extensions waits for such a lock without end; nothing of ours is built by it."""
+    compiler = folder / "bin/gcc"
+    compiler.parent.mkdir()
+    compiler.write_text(f'#!/bin/sh\necho "$@" >>"{folder}/compiled"\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{compiler.parent}:{os.environ['PATH']}")
     for name in ("deepspeed_shm_comm", "fused_adam", "cpu_adam"):
         (folder / "extensions" / name).mkdir(parents=True, exist_ok=True)
         (folder / "extensions" / name / "lock").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
     words = jobs.settings(folder, run_dir=folder / "locked", steps=4)
     assert jobs.run([jobs.QUINTET, "launch", "--ranks", "2", "pretrain", *words], folder / "locked.log", 110) == 0
+    assert not (folder / "compiled").exists()
