@@ -13,6 +13,7 @@ from typing import Any
 import jobs
 import pytest
 import yaml
+from pages import typed
 from test_hosts import hosts
 from test_hosts import pytestmark as needs_hosts
 
@@ -78,6 +79,18 @@ def test_every_host_gets_the_project_at_the_same_path_and_is_told_in_one_line(ho
     assert not list(project.glob(".prepare*"))
     missing = prepare(project, "--no-gpu", "--packages", "./no-such-package", hostfile)
     assert missing.stdout.splitlines()[0] == "10.77.0.1: FAILED: pip install ./no-such-package"
+
+
+@needs_hosts
+def test_the_page_s_line_makes_the_machines_ready_and_shares_a_folder(hosts: Path, project: Path) -> None:
+    (words,) = typed("bash configs/cluster/prepare.sh")
+    shutil.copy(hosts / "hostfile", project / "configs/cluster")
+    # both hosts are this machine, so there is nothing to share; share.sh has tests of its own
+    (project / "configs/cluster/share.sh").write_text('echo "share: $*"\n')
+    result = prepare(project, *words[2:], "--no-gpu", "--packages", "fsspec")  # which is there
+    assert result.returncode == 0, result.stderr
+    ready = [f"10.77.0.{number}: ready, Python {sys.version.split()[0]}" for number in (1, 2)]
+    assert result.stdout.splitlines() == [*ready, "share: serve /shared 10.77.0.2", "share: mount 10.77.0.1 /shared"]
 
 
 @needs_hosts

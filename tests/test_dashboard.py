@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from pages import typed
 
 from launcher import cli
 from trainer import dashboard, monitor
@@ -137,7 +138,8 @@ def test_a_view_is_sent_to_the_server_and_its_address_printed(
     server: type[_Server], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("wandb_workspaces")
-    assert cli.main(["dashboard", "project=mine", "name=Curves"]) == 0, capsys.readouterr().err
+    (words,) = typed("quintet dashboard")
+    assert cli.main([*words[1:], "name=Curves"]) == 0, capsys.readouterr().err
     (saved,) = [asked["variables"] for asked in server.sent if "upsertView" in asked["query"]]
     assert (saved["entityName"], saved["projectName"], saved["displayName"]) == ("me", "mine", "Curves")
     assert all(f'"chartTitle":"{panel.title}"' in saved["spec"] for section in SECTIONS for panel in section.panels)

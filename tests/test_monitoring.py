@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +25,7 @@ import pytest
 import teachers
 import tiny
 import torch
+from pages import typed
 from test_finetune import write_scores
 
 from data import fetch
@@ -96,6 +102,34 @@ def _inspect(run_dir: Path, *options: str) -> str:
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", str(file)]
     return subprocess.run(command, capture_output=True, check=True, timeout=120, text=True).stdout
+
+
+def test_the_page_s_line_draws_the_curves_in_a_terminal(runs: Path) -> None:
+    (words,) = typed("wandb leet")
+    words = [
+        sys.executable,
+        "-m",
+        *(str(runs / "pretrain/wandb") if word.startswith("runs/") else word for word in words),
+    ]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))  # rows and columns
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    program = subprocess.Popen(
+        words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+    )
+    os.close(theirs)
+    shown, asked = b"", 0
+    try:
+        with contextlib.suppress(OSError):  # the terminal ends with the program
+            while drawn := os.read(ours, 1 << 16):
+                shown += drawn
+                if not asked and b"[x: train/step]" in shown:  # a chart, over the axis that we gave it
+                    asked = os.write(ours, b"q")
+        assert program.wait(60) == 0
+    finally:
+        jobs.end(program)
+        os.close(ours)
+    assert asked, shown
 
 
 def _entry(name: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 import ranks
 import tiny
 import torch
+from pages import typed
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
@@ -449,26 +450,26 @@ def calibration(**changes: Any) -> dict[str, Any]:
 
 
 def test_measured_rates_are_those_of_as_many_ranks_as_share_a_node(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     slow = {**vars(RATES), "products": 1e8}
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    one.write_text(json.dumps(calibration()))
-    two.write_text(json.dumps(calibration(ranks=2, rates=slow, links={**vars(LINKS), "per_node": 2})))
-    plan = tmp_path / "plan.json"
-    words = [f"model.path={START['small']}", "batch_size=64", "cluster.device=cpu", f"output={plan}"]
-    both = [f"measured=[{one},{two}]", "cluster.gpus=[1,2]"]
-    assert main(["plan", *words, *both]) == 0
-    first, second = json.loads(plan.read_text())["plans"]
+    Path("here.json").write_text(json.dumps(calibration()))
+    Path("two.json").write_text(json.dumps(calibration(ranks=2, rates=slow, links={**vars(LINKS), "per_node": 2})))
+    Path("my.yaml").write_text(f"model.path: {START['small']}\nbatch_size: 64\n")
+    (line,) = typed("quintet plan --config my.yaml")
+    assert main([*line[1:], "output=plan.json"]) == 0
+    first, second = json.loads(Path("plan.json").read_text())["plans"]
     # half of the texts each, at a tenth of the rate
     assert second["seconds"]["encoder products"] == pytest.approx(5 * first["seconds"]["encoder products"], rel=0.2)
-    assert main(["plan", *words, f"measured=[{one}]", "cluster.gpus=[1,2]"]) == 2
+    words, both = ["plan", "--config", "my.yaml", "cluster.device=cpu"], "measured=[here.json,two.json]"
+    assert main([*words, "measured=[here.json]", "cluster.gpus=[1,2]"]) == 2
     assert "the link of 2 ranks is unknown" in capfd.readouterr().err
-    assert main(["plan", *words, *both[:1], "cluster.gpus=[8]"]) == 2
+    assert main([*words, both, "cluster.gpus=[8]"]) == 2
     assert "cluster.network_gbs: must be given for 8 ranks" in capfd.readouterr().err
-    assert main(["plan", *words, *both, "precision=bf16"]) == 2
+    assert main([*words, both, "cluster.gpus=[1,2]", "precision=bf16"]) == 2
     assert "is of precision=fp32, the recipe has bf16" in capfd.readouterr().err
-    assert main(["plan", *words[:2], *both, "cluster.device=h100"]) == 2
+    assert main([*words, both, "cluster.gpus=[1,2]", "cluster.device=h100"]) == 2
     assert "is of cpu" in capfd.readouterr().err
 
 

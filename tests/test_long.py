@@ -1,0 +1,78 @@
+"""The command lines of the pages that fetch packages or take minutes to an hour: `make test ARGS="-m long"`.
+
+They run in a fresh clone, in the order of the pages. What makes one shorter stands behind the page's words.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jobs
+import pytest
+import tiny
+from pages import ROOT, typed
+
+SHORTER = {
+    "make test": ["ARGS=tests/test_commands.py"],
+    "make bench": ["ARGS=--quick"],
+    "quintet launch evaluate": ["offline=true", "device=cpu"],
+    "quintet plan measure=": ["device=cpu"],
+}
+INSTALLS = typed("make install")
+LINES = [
+    *(words for words in typed("make") if words not in INSTALLS),
+    *typed("quintet collect"),
+    *typed("quintet plan measure="),
+    *typed("quintet launch --ranks 2 plan"),
+    *typed("quintet launch evaluate"),
+]
+HOURS = 3 * 3600
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(HOURS)]
+
+
+def _clone(folder: Path) -> Path:
+    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    return folder
+
+
+def _type(folder: Path, words: list[str], log: Path) -> int:
+    return jobs.run(["bash", "-c", f"cd {shlex.quote(str(folder))} && {shlex.join(words)}"], log, HOURS)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = _clone(tmp_path_factory.mktemp("long") / "clone")
+    tiny.bert(folder / "run/model")  # which a page names
+    return folder
+
+
+@pytest.mark.parametrize("words", INSTALLS, ids=" ".join)
+def test_an_installation_has_the_command(words: list[str], tmp_path: Path) -> None:
+    folder = _clone(tmp_path / "clone")
+    assert _type(folder, words, tmp_path / "log") == 0
+    assert _type(folder, [".venv/bin/quintet", "--version"], tmp_path / "log") == 0
+
+
+@pytest.mark.parametrize("words", LINES, ids=" ".join)
+def test_a_line_runs_to_its_end(words: list[str], clone: Path, tmp_path: Path) -> None:
+    line = " ".join(words)
+    shorter = [word for beginning, behind in SHORTER.items() if line.startswith(beginning) for word in behind]
+    assert _type(clone, [*words, *shorter], tmp_path / "log") == 0
+
+
+@pytest.mark.parametrize("words", typed("pip"), ids=" ".join)
+def test_packages_that_a_page_names_are_there(words: list[str], tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    assert _type(tmp_path, [f"{tmp_path}/venv/bin/{words[0]}", *words[1:]], tmp_path / "log") == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("apt-get"), reason="needs root, and Debian or Ubuntu")
+@pytest.mark.parametrize("words", typed("sudo"), ids=" ".join)
+def test_debian_packages_that_a_page_names_are_there(words: list[str], tmp_path: Path) -> None:
+    assert _type(tmp_path, words[1:], tmp_path / "log") == 0
