@@ -45,11 +45,16 @@ def settings(folder: Path, **changes: Any) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def command(ranks: int, overrides: list[str], port: int = 29650) -> list[str]:
-    """`quintet pretrain` as one process, or under the deepspeed launcher."""
+def command(ranks: int, overrides: list[str]) -> list[str]:
+    """`quintet pretrain` as one process, or several under our own launcher, which finds a free port."""
     if ranks == 1:
         return [QUINTET, "pretrain", *overrides]
-    launcher = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(port)]
+    return [QUINTET, "launch", "--ranks", str(ranks), "--restarts", "0", "pretrain", *overrides]
+
+
+def deepspeed(ranks: int, overrides: list[str]) -> list[str]:
+    """The same under DeepSpeed's launcher."""
+    launcher = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", "29650"]
     return [*launcher, "--no_python", "--no_local_rank", QUINTET, "pretrain", *overrides]
 
 

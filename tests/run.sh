@@ -13,7 +13,7 @@ here="not gpu and not network and not long"
 logs=$(mktemp -d)
 nice "${pytest[@]}" -m "$here and not jobs" >"$logs/others" 2>&1 &
 others=$!
-trap 'kill "$others" 2>/dev/null; rm -rf "$logs"' EXIT
+trap 'kill "$others" 2>/dev/null || true; rm -rf "$logs"' EXIT
 code=0
 "${pytest[@]}" -m "$here and jobs" | tee "$logs/jobs" || code=$?
 wait "$others" || code=$?

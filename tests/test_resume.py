@@ -63,7 +63,7 @@ def kill_after(folder: Path, name: str, arguments: list[str], run_dir: Path, ste
     job = jobs.start(arguments, folder / f"{name}.log")
     try:
         jobs.wait_for_step(job, run_dir, 1)
-        victim = jobs.rank_process(job, rank) if "--num_accelerators" in arguments else jobs.psutil.Process(job.pid)
+        victim = jobs.rank_process(job, rank)
         jobs.wait_for_step(job, run_dir, step)
         while not list(run_dir.glob("checkpoints/step-*")):  # it is written beside the steps
             assert job.poll() is None
@@ -94,9 +94,9 @@ def test_a_rank_killed_in_mid_run_ends_the_job_and_the_next_start_goes_on_bit_fo
     folder: Path, uninterrupted: Path
 ):
     run_dir = folder / "killed"
-    arguments = jobs.command(2, jobs.settings(folder, run_dir=run_dir, steps=STEPS))
-    kill_after(folder, "killed", arguments, run_dir, step=7, rank=1)
-    assert jobs.run(arguments, folder / "resumed.log") == 0
+    overrides = jobs.settings(folder, run_dir=run_dir, steps=STEPS)
+    kill_after(folder, "killed", jobs.deepspeed(2, overrides), run_dir, step=7, rank=1)
+    assert jobs.run(jobs.command(2, overrides), folder / "resumed.log") == 0
     assert attempts(run_dir)[2][0] in range(6, STEPS + 1, 5), "the second start goes on from a checkpoint"
     assert trajectory(run_dir) == trajectory(uninterrupted)
     assert same_weights(run_dir, uninterrupted)
@@ -105,7 +105,7 @@ def test_a_rank_killed_in_mid_run_ends_the_job_and_the_next_start_goes_on_bit_fo
 
 def test_sigterm_to_one_rank_stops_all_after_a_checkpoint_with_code_75(folder: Path):
     run_dir = folder / "stopped"
-    job = jobs.start(jobs.command(2, jobs.settings(folder, run_dir=run_dir, steps=2000)), folder / "stopped.log")
+    job = jobs.start(jobs.deepspeed(2, jobs.settings(folder, run_dir=run_dir, steps=2000)), folder / "stopped.log")
     try:
         jobs.wait_for_step(job, run_dir, 3)
         os.kill(jobs.rank_process(job, 1).pid, signal.SIGTERM)

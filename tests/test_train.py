@@ -302,7 +302,7 @@ def test_a_damaged_shard_is_counted_and_passed_over_under_skip(folder: Path, tmp
 def test_damage_on_one_rank_alone_ends_all_ranks_with_code_3(folder: Path, tmp_path: Path):
     shards = damaged(folder, tmp_path)
     overrides = jobs.settings(folder, run_dir=tmp_path / "run", data=shards)
-    code = jobs.run(jobs.command(2, overrides, port=29651), tmp_path / "log")
+    code = jobs.run(jobs.command(2, overrides), tmp_path / "log")
     assert code == 3
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 3
 
