@@ -66,10 +66,29 @@ def test_a_line_runs_to_its_end(words: list[str], clone: Path, tmp_path: Path) -
     assert _type(clone, [*words, *shorter], tmp_path / "log") == 0
 
 
-@pytest.mark.parametrize("words", typed("pip"), ids=" ".join)
-def test_packages_that_a_page_names_are_there(words: list[str], tmp_path: Path) -> None:
+# SkyPilot's own command line and task, up to where it would look for machines. `words` are those behind `launch`.
+READ = """\
+import sys
+import sky
+from sky.client.cli import command
+
+launch = command.cli.get_command(None, "jobs").get_command(None, "launch")
+given = launch.make_context("launch", sys.argv[1:]).params
+task = sky.Task.from_yaml(given["entrypoint"][0])
+task.update_envs(given["env"])
+(resources,) = task.resources
+print(task.envs["MIRROR"], task.envs["DATA"], resources.accelerators, resources.job_recovery["recover_on_exit_codes"])
+"""
+
+
+def test_skypilot_installs_and_takes_the_page_s_line_and_our_task(tmp_path: Path) -> None:
+    ((pip, *packages), (sky, *words)) = (*typed("pip"), *typed("sky"))
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    assert _type(tmp_path, [f"{tmp_path}/venv/bin/{words[0]}", *words[1:]], tmp_path / "log") == 0
+    assert _type(tmp_path, [f"{tmp_path}/venv/bin/{pip}", *packages], tmp_path / "log") == 0
+    assert (sky, words[:2]) == ("sky", ["jobs", "launch"])
+    command = [f"{tmp_path}/venv/bin/python", "-c", READ, *words[2:]]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    assert said == "s3://bucket/runs/base s3://bucket/shards {'H100': 8} [75]\n"
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("apt-get"), reason="needs root, and Debian or Ubuntu")
