@@ -30,13 +30,15 @@ signal.signal(
 )  # started in the background, they and their jobs are deaf to it
 
 
+# Modules that want the cores, the network namespaces or a Slurm for themselves.
+JOBS = "cloud cluster doctor hosts launch numeric pool resume slurm step train watchdog"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what run.sh runs one after the other: modules whose jobs have several ranks, their own ports, all cores."""
+    """Mark what run.sh runs one after the other."""
     for item in items:
-        if isinstance(item, pytest.Function):
-            name = item.module.__name__
-            if ("jobs" in vars(item.module) and name != "test_typed") or name in ("test_step", "test_pool"):
-                item.add_marker(pytest.mark.jobs)
+        if isinstance(item, pytest.Function) and item.module.__name__.removeprefix("test_") in JOBS.split():
+            item.add_marker(pytest.mark.jobs)
 
 
 @pytest.fixture(autouse=True)
