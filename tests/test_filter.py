@@ -92,7 +92,10 @@ def _digests(output: Path) -> dict[str, str]:
 
 
 def _counts(records: list[Record], pool: list[str], model: Path) -> np.ndarray:
-    """How many texts of the pool beat each pair, every text embedded alone, compared in float64."""
+    """How many texts of the pool beat each pair, at least and at most: every text embedded alone, compared in float64.
+
+    They differ where a text is within float32's rounding of the margin by which it has to win.
+    """
     embedder = Embedder(load_model(str(model), CPU), CPU)
 
     def vectors(texts: list[str]) -> np.ndarray:
@@ -100,9 +103,9 @@ def _counts(records: list[Record], pool: list[str], model: Path) -> np.ndarray:
 
     queries = vectors([f"query: {record.query}" for record in records])
     own = (queries * vectors([f"passage: {record.passage}" for record in records])).sum(axis=1)
-    above = queries @ vectors([f"passage: {text}" for text in pool]).T > own[:, None] + 2e-5
+    lead = queries @ vectors([f"passage: {text}" for text in pool]).T - own[:, None]
     other = np.array([text_hash(text) for text in pool]) != np.array([[text_hash(r.passage)] for r in records])
-    counts: np.ndarray = (above & other).sum(axis=1)
+    counts: np.ndarray = np.array([((lead > margin) & other).sum(axis=1) for margin in (2.1e-5, 1.9e-5)]).T
     return counts
 
 
@@ -112,9 +115,12 @@ def test_a_pair_is_kept_when_fewer_than_k_passages_of_the_pool_beat_its_own(fold
     pool = pa.ipc.open_file(str(tmp_path / "kept" / "pool.arrow")).read_all()
     assert len(set(pool["hash"].to_pylist())) == 60
     counts = _counts(records, pool["text"].to_pylist(), folder / "bert")
-    wanted = [record for record, count in zip(records, counts, strict=True) if count < 2]
+    kept = _kept(tmp_path / "kept")
+    close = [record for record, (least, most) in zip(records, counts, strict=True) if least < 2 <= most]
+    wanted = [r for r, (_, most) in zip(records, counts, strict=True) if most < 2 or (r in close and r in kept)]
     assert 20 < len(wanted) < len(records) - 20
-    assert _kept(tmp_path / "kept") == wanted
+    assert len(close) < 3
+    assert kept == wanted
     report = _report(tmp_path / "kept")
     assert (report["all"]["kept"], report["all"]["lost"]) == (len(wanted), len(records) - len(wanted))
     for source, lang in SOURCES.items():
@@ -122,13 +128,15 @@ def test_a_pair_is_kept_when_fewer_than_k_passages_of_the_pool_beat_its_own(fold
         entry = report["sources"][source]
         assert entry["languages"] == {lang or "und": {"kept": len(of_source), "lost": 44 - len(of_source)}}
         assert sum(entry["scores"]["kept"].values()) == len(of_source)
-    lost = {(r.query, r.passage): count for r, count in zip(records, counts, strict=True) if count >= 2}
+    lost = {(r.query, r.passage): bounds for r, bounds in zip(records, counts, strict=True)}
     rejects = [json.loads(line) for line in (tmp_path / "kept" / "rejects.jsonl").read_text().splitlines()]
     rejected = {
         source: sum(r.source == source for r in records) - report["sources"][source]["kept"] for source in SOURCES
     }
     assert [reject["source"] for reject in rejects] == [s for s in SOURCES for _ in range(min(5, rejected[s]))]
-    assert all(lost[reject["query"], reject["passage"]] == reject["count"] for reject in rejects)
+    for reject in rejects:
+        least, most = lost[reject["query"], reject["passage"]]
+        assert max(least, 2) <= reject["count"] <= most
     assert all(len(reject["rivals"]) == 2 and reject["rivals"][1]["score"] > reject["score"] for reject in rejects)
 
 
