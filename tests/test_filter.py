@@ -128,14 +128,14 @@ def test_a_pair_is_kept_when_fewer_than_k_passages_of_the_pool_beat_its_own(fold
         entry = report["sources"][source]
         assert entry["languages"] == {lang or "und": {"kept": len(of_source), "lost": 44 - len(of_source)}}
         assert sum(entry["scores"]["kept"].values()) == len(of_source)
-    lost = {(r.query, r.passage): bounds for r, bounds in zip(records, counts, strict=True)}
+    beaten = {(r.query, r.passage): bounds for r, bounds in zip(records, counts, strict=True)}
     rejects = [json.loads(line) for line in (tmp_path / "kept" / "rejects.jsonl").read_text().splitlines()]
     rejected = {
         source: sum(r.source == source for r in records) - report["sources"][source]["kept"] for source in SOURCES
     }
     assert [reject["source"] for reject in rejects] == [s for s in SOURCES for _ in range(min(5, rejected[s]))]
     for reject in rejects:
-        least, most = lost[reject["query"], reject["passage"]]
+        least, most = beaten[reject["query"], reject["passage"]]
         assert max(least, 2) <= reject["count"] <= most
     assert all(len(reject["rivals"]) == 2 and reject["rivals"][1]["score"] > reject["score"] for reject in rejects)
 
