@@ -42,10 +42,7 @@ def _xlmr() -> PreTrainedTokenizerFast:
 def _mpnet() -> PreTrainedTokenizerFast:
     """WordPiece in MPNet's layout: <s> ... </s>, put there by RoBERTa's post-processor."""
     special = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(tiny.TEXTS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special))
+    tokenizer = tiny.wordpieces(special)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="[UNK]")
 

@@ -1,12 +1,18 @@
-"""Tiny random models of three families, with tokenizers trained on the spot, as folders that transformers opens."""
+"""Tiny random models of three families, with tokenizers made on the spot, as folders that transformers opens.
+
+Their pieces are counted here, since the trainers of tokenizers break ties by hash tables: another tokenizer, and
+another training, in every process.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 TEXTS = [
@@ -46,10 +52,7 @@ def xlmr(folder: Path, **sizes: Any) -> Path:
 def wordpiece() -> PreTrainedTokenizerFast:
     """A lower-casing WordPiece tokenizer in BERT's layout."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special))
+    tokenizer = wordpieces(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -60,17 +63,45 @@ def wordpiece() -> PreTrainedTokenizerFast:
 def unigram() -> PreTrainedTokenizerFast:
     """A Unigram tokenizer in XLM-R's layout."""
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    normalizer, splitter = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    counts = _pieces(normalizer, splitter, 200 - len(special))
+    scored = [(piece, math.log(count / sum(counts.values()))) for piece, count in counts.items()]
+    tokenizer = Tokenizer(models.Unigram([*((token, 0.0) for token in special), *scored], special.index("<unk>")))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     names = dict(zip(["bos_token", "pad_token", "eos_token", "unk_token", "mask_token"], special, strict=True))
     names.update(cls_token="<s>", sep_token="</s>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+
+
+def wordpieces(special: list[str]) -> Tokenizer:
+    """WordPiece over the texts, in lower case, in front of it these special tokens, one of which is the unknown one."""
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    pieces = _pieces(normalizer, splitter, 300 - len(special), inside="##")
+    vocabulary = {piece: number for number, piece in enumerate([*special, *pieces])}
+    unknown = next(token for token in special if "unk" in token.lower())
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    return tokenizer
+
+
+def _pieces(normalizer: Any, splitter: Any, size: int, inside: str = "") -> dict[str, int]:
+    """Every character and word of the texts, and of other parts of words those that save most, with their counts.
+
+    inside: stands before a part that does not begin a word.
+    """
+    split = [splitter.pre_tokenize_str(normalizer.normalize_str(text)) for text in TEXTS]
+    words = [word for found in split for word, _ in found]
+    counts: Counter[str] = Counter()
+    for word in words:
+        counts.update([*word, *(inside + character for character in word)])
+        for start in range(len(word)):
+            counts.update((inside if start else "") + word[start:end] for end in range(start + 2, len(word) + 1))
+    first = {piece for piece in counts if len(piece.removeprefix(inside)) == 1} | set(words)
+    others = sorted(counts.keys() - first, key=lambda piece: (-len(piece) * counts[piece], piece))
+    return {piece: counts[piece] for piece in [*sorted(first), *others[: size - len(first)]]}
 
 
 def _save(folder: Path, architecture: str, tokenizer: PreTrainedTokenizerFast, sizes: dict[str, Any]) -> Path:
