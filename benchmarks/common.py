@@ -32,6 +32,7 @@ Key = TypeVar("Key")
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DEMO = ROOT / "demo-full"  # what `make demo-full` has left, where it has been
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "deepspeed", "webdataset", "numpy", "pyarrow")
 
 

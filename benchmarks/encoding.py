@@ -1,26 +1,34 @@
-"""Token ids to vectors, beside sentence-transformers' forward as its `encode` calls it: sorted by length, by batches.
+"""Texts to vectors, beside sentence-transformers.
 
-On this machine's processor, in fp32 and, where it has products of it, in bf16; benchmarks/gpu.py does so on a GPU.
+Token ids of natural lengths, beside its forward as its `encode` calls it: sorted by length, by batches. Then the texts
+that `make demo-full` holds out, where it has been here, beside `SentenceTransformer.encode` itself, tokenizing
+included, on the model that it brings. On this machine's processor, in fp32 and, where it has products of it, in bf16;
+benchmarks/gpu.py does so on a GPU.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 
 from benchmarks import step
-from benchmarks.common import GateError, Timing, alternate, in_child, table, target
+from benchmarks.common import DEMO, GateError, Timing, alternate, in_child, table, target
 from data.tokens import Ragged
 from trainer.device import keep_freed_memory
-from trainer.embed import encode
+from trainer.embed import encode, encode_texts, load_model
 from trainer.encoder import Encoder
 from trainer.meter import peak_flops
 
 SMALL = step.Case(layers=12, hidden=384, vocabulary=32_000)
 TEXTS, CHUNKS, BATCHES, REPEATS = 1024, (1024, 2048, 4096, 8192), (8, 16, 32, 64, 128), 3
+HELD_OUT, MODEL = DEMO / "shards" / "holdout.jsonl", DEMO / "e5-small"
+COLLECTED = 512  # passages, of all sources alike
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
@@ -30,8 +38,10 @@ def measure(quick: bool = False) -> dict[str, Any]:
         precision: in_child(_on_the_host, replace(step.QUICK if quick else SMALL, precision=precision), *sizes)
         for precision in step.precisions()
     }
+    if HELD_OUT.is_file() and not quick:
+        found |= {f"collected text, {name}": in_child(_collected, name) for name in step.precisions()}
     return {
-        "settings": {"model": vars(SMALL), "texts": sizes[0], "seed": step.SEED},
+        "settings": {"model": vars(SMALL), "texts": sizes[0], "collected": COLLECTED, "seed": step.SEED},
         "correctness": {precision: each["correctness"] for precision, each in found.items()},
         "tables": [table(f"encode, 12 x 384, {precision}", each["rows"]) for precision, each in found.items()],
         "targets": [
@@ -63,17 +73,53 @@ def compare(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=case.precision == "bf16"):
             return _by_peer(peer, tokens, batch, device)
 
-    wanted, got = peers(batches[0]), ours(chunks[0])
+    gated = _gate(ours(chunks[0]), peers(batches[0]), case.precision)
+    found = _timed(ours, chunks, peers, batches, repeats)
+    return beside(found, int(tokens.lengths.sum()), flops, device) | gated
+
+
+def _collected(precision: str) -> dict[str, Any]:
+    """Held-out passages, in several languages, sorted by each as it does: by tokens, and by characters."""
+    keep_freed_memory()
+    device = torch.device("cpu")
+    rows = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    texts = [row["passage"] for row in rows[:: len(rows) // COLLECTED]][:COLLECTED]
+    model, peer = load_model(str(MODEL), device), SentenceTransformer(str(MODEL), device="cpu")
+    prompt = model.passage_prompt
+
+    def ours(chunk: int) -> torch.Tensor:
+        return encode_texts(model, texts, prompt, tokens_per_chunk=chunk, device=device, precision=precision)
+
+    def peers(batch: int) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            return torch.from_numpy(peer.encode(texts, prompt=prompt, batch_size=batch)).float()
+
+    gated = _gate(ours(CHUNKS[0]), peers(BATCHES[0]), precision)
+    tokens = sum(len(ids) for ids in peer.tokenizer([prompt + text for text in texts], truncation=True).input_ids)
+    found = _timed(ours, CHUNKS, peers, BATCHES, REPEATS)
+    return beside(found, tokens, 2 * products(model.encoder) * tokens, device) | gated
+
+
+def _gate(got: torch.Tensor, wanted: torch.Tensor, precision: str) -> dict[str, Any]:
     cosine = float(torch.nn.functional.cosine_similarity(wanted, got).min())
-    if cosine < (0.99 if case.precision == "bf16" else 0.99999):
+    if cosine < (0.99 if precision == "bf16" else 0.99999):
         raise GateError(f"the vectors have a cosine of {cosine:.6f} to the peer's")
-    found = alternate(
+    return {"correctness": {"smallest cosine": cosine}}
+
+
+def _timed(
+    ours: Callable[[int], torch.Tensor],
+    chunks: tuple[int, ...],
+    peers: Callable[[int], torch.Tensor],
+    batches: tuple[int, ...],
+    repeats: int,
+) -> dict[str, Timing]:
+    return alternate(
         {f"ours, chunk={chunk}": (lambda chunk=chunk: ours(chunk)) for chunk in chunks}
         | {f"peer, batch={size}": (lambda size=size: peers(size)) for size in batches},
         repeats,
         warm_ups=0,
     )
-    return beside(found, int(tokens.lengths.sum()), flops, device) | {"correctness": {"smallest cosine": cosine}}
 
 
 def _by_peer(peer: Any, tokens: Ragged, batch: int, device: torch.device) -> torch.Tensor:

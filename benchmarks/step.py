@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ from trainer.engine import MOMENTS, Engine, OptimizerSettings
 from trainer.step import Stepper
 
 LR, TEMPERATURE, SEED, PADDING = 1e-4, 0.01, 7, 1
+SHARDS = common.DEMO / "shards"
 BETA, MAX_NORM = 0.9, 1.0
 ADAM: dict[str, Any] = {"weight_decay": 0.01, "betas": (BETA, 0.999), "eps": 1e-8}
 KEEP_ALL, KEEP_NONE = math.inf, 0.0
@@ -69,7 +69,6 @@ class Case:
 
 NATURAL = Case()
 EQUAL = Case(lengths="equal", budgets=())  # a budget of tokens is a number of texts there
-DEMO = Path("demo-full/shards")
 COLLECTED = Case(lengths="collected", repeats=3)
 # XLM-R's own vocabulary: the gradient of its table, 192 MB a mini-batch, makes small mini-batches dear.
 LARGE = Case(vocabulary=250_002, sizes=(8, 16, 32), budgets=(2048, 4096), chunks=(1024, 2048, 4096), repeats=3)
@@ -77,7 +76,7 @@ LARGE = Case(vocabulary=250_002, sizes=(8, 16, 32), budgets=(2048, 4096), chunks
 HALF = Case(pairs=128, layers=6, hidden=384, sizes=(2, 4, 8, 16, 32), budgets=(1024, 2048, 4096), precision="bf16")
 CASES = {
     "natural lengths": NATURAL,
-    **({"collected text": COLLECTED} if DEMO.is_dir() else {}),
+    **({"collected text": COLLECTED} if SHARDS.is_dir() else {}),
     "equal lengths": EQUAL,
     "large vocabulary": LARGE,
     "bf16": HALF,
@@ -142,7 +141,8 @@ class Sides:
         distributed.start(device, 60)
         settings = OptimizerSettings(max_grad_norm=MAX_NORM, **ADAM)
         self.half, self._on_gpu = case.precision == "bf16", device.type == "cuda"
-        self.engine = Engine(encoder, settings, stage=1, local_batch=case.pairs, device=device, bf16=self.half)
+        stage = costs.stage_that_runs(1, distributed.world())
+        self.engine = Engine(encoder, settings, stage=stage, local_batch=case.pairs, device=device, bf16=self.half)
         if self._on_gpu:
             compile_layers(encoder.backbone)
         if self.half:
@@ -230,7 +230,7 @@ def texts(case: Case) -> Batch:
 
 def _collected(pairs: int) -> np.ndarray:
     """Tokens of the first docstrings' queries, then of their passages: int32 [2 pairs]."""
-    source = next(source for source in mixture.load(str(DEMO)).sources if source.name == "docstrings")
+    source = next(source for source in mixture.load(str(SHARDS)).sources if source.name == "docstrings")
     block = read_block(source.index, *source.blocks[0].tolist()).table[:pairs]
     sides = [pc.list_value_length(block[name]).to_numpy() for name in ("query_tokens", "passage_tokens")]
     return np.concatenate(sides).astype(np.int32)
