@@ -225,10 +225,10 @@ def state_of_an_engine(stage: int) -> float:
     return sum(storages.values()) / shape.parameters
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_rank_holds_the_weights_moments_and_gradients_that_the_plan_counts(stage: int, tmp_path: Path) -> None:
-    held = min(ranks.run(state_of_an_engine, 2, tmp_path, stage))
-    parts = costs.state_parts(1, stage, 2)
+@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (2, 2), (1, 1), (3, 1)])
+def test_a_rank_holds_the_weights_moments_and_gradients_that_the_plan_counts(stage: int, world: int, tmp_path: Path):
+    held = min(ranks.run(state_of_an_engine, world, tmp_path, stage))
+    parts = costs.state_parts(1, stage if world > 1 else 0, world)  # one rank shares out nothing
     # the gradient may be given back after a step, and comes again in the next
     assert parts["weights"] + parts["moments"] <= held + 0.1
     assert held <= sum(parts.values()) + 0.3
@@ -317,10 +317,12 @@ def test_a_step_is_the_sum_that_is_worked_by_hand() -> None:
 
 
 def test_a_table_larger_than_a_bucket_is_not_copied_into_one() -> None:
-    small, large = (estimate.update_bytes(words, 60_000_000, 1, 1) for words in (50_000_000, 50_000_001))
-    assert small == 96 * 60_000_000
-    assert large == 96 * 60_000_000 - 16 * 50_000_001
-    assert estimate.update_bytes(50_000_001, 60_000_000, 0, 1) == small  # without ZeRO there is no such bucket
+    small, large = (estimate.update_bytes(words, 60_000_000, 1, 2) for words in (50_000_000, 50_000_001))
+    assert small == (16 + 8 + 16 + (40 + 16) / 2) * 60_000_000
+    assert large == small - 16 * 50_000_001
+    # without ZeRO there is no such bucket, and one rank has nothing to reduce
+    assert estimate.update_bytes(50_000_001, 60_000_000, 0, 2) == (16 + 8 + 16 + 40) * 60_000_000
+    assert estimate.update_bytes(50_000_001, 60_000_000, 0, 1) == (16 + 40) * 60_000_000
 
 
 def test_more_ranks_share_the_encoder_and_the_moments_and_send_no_less() -> None:

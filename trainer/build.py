@@ -115,9 +115,15 @@ def _engine(config: Config, module: torch.nn.Module, device: torch.device) -> En
         eps=config.eps,
         max_grad_norm=config.max_grad_norm,
     )
-    local_batch = config.batch_size // distributed.world()
-    bf16 = config.precision == "bf16"
-    return Engine(module, optimizer, stage=config.zero_stage, local_batch=local_batch, device=device, bf16=bf16)
+    world = distributed.world()
+    return Engine(
+        module,
+        optimizer,
+        stage=costs.stage_that_runs(config.zero_stage, world),
+        local_batch=config.batch_size // world,
+        device=device,
+        bf16=config.precision == "bf16",
+    )
 
 
 def _stepper(config: Config, engine: Engine, task: Task, tokenizer: Any) -> Stepper:
@@ -198,7 +204,7 @@ def _evaluate(config: Config, data: list[sets.RetrievalSet], embed: retrieval.En
 
 def state_bytes(parameters: int, zero_stage: int, world: int) -> float:
     """Bytes of fp32 weights, gradients and AdamW's two moments that one of `world` ranks holds, about."""
-    return sum(costs.state_parts(parameters, zero_stage, world).values())
+    return sum(costs.state_parts(parameters, costs.stage_that_runs(zero_stage, world), world).values())
 
 
 def describe(config: Config, parts: Parts) -> list[tuple[str, object]]:
@@ -214,7 +220,7 @@ def describe(config: Config, parts: Parts) -> list[tuple[str, object]]:
     texts = candidates if config.objective == "ranking" else candidates + pool
     rows: list[tuple[str, object]] = [
         ("pool", f"{pool:,} queries x {candidates:,} candidates, {candidates - 1:,} negatives a query"),
-        ("ranks", f"{world}, {pool // world:,} pairs each, ZeRO-{config.zero_stage} on {engine.device.type}"),
+        ("ranks", f"{world}, {pool // world:,} pairs each, ZeRO-{engine.stage} on {engine.device.type}"),
         ("model", f"{config.model.path}: {engine.count:,} parameters" + (f", {trained:,} trained" if trained else "")),
         ("precision", f"{config.precision}, {feeding}"),
         ("tokens", f"at most {texts * config.max_length:,} a step, {parts.stepper.tokens_per_chunk:,} a chunk"),

@@ -159,7 +159,8 @@ def stepper(shape: Shape, precision: str, device: torch.device, compute: Compute
     )
     settings = OptimizerSettings(weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
     bf16 = precision == "bf16"
-    engine = Engine(Encoder(backbone).train(), settings, stage=zero_stage, local_batch=1, device=device, bf16=bf16)
+    stage = costs.stage_that_runs(zero_stage, distributed.world())
+    engine = Engine(Encoder(backbone).train(), settings, stage=stage, local_batch=1, device=device, bf16=bf16)
     objective = partial(objectives.contrastive, temperature=0.05)
     return Stepper(engine, objective, 0, PADDING, compute.tokens_per_chunk, math.inf, compute.packed)
 
@@ -181,7 +182,7 @@ def _seconds(run: Callable[[], object], device: torch.device, clock: Clock) -> f
 def _steps(shape: Shape, precision: str, device: torch.device, links: Links | None, clock: Clock) -> list[Sample]:
     """Steps of every kind; one more of each comes first and is not counted."""
     step = stepper(shape, precision, device, _compute(KINDS[0], precision, device))
-    world, samples = distributed.world(), []
+    world, stage, samples = distributed.world(), step.engine.stage, []
     for kind in (_scaled(kind, device) for kind in KINDS):
         compute = _compute(kind, precision, device)
         lengths = np.full(2 * kind.pairs, kind.length, np.int32)
@@ -191,12 +192,12 @@ def _steps(shape: Shape, precision: str, device: torch.device, links: Links | No
         run()
         seconds = best_seconds(run, device, REPEATS, clock)
         sent = costs.collectives(
-            trained=shape.parameters, gathered=world * kind.pairs, size=shape.hidden, zero_stage=1, world=world
+            trained=shape.parameters, gathered=world * kind.pairs, size=shape.hidden, zero_stage=stage, world=world
         )
         if links is not None:
             seconds -= collective_seconds(sent, shape.parameters, links, world)
         work = costs.work(shape, lengths, compute)
-        moved = work.weights + update_bytes(shape.words, shape.parameters, 1, world)
+        moved = work.weights + update_bytes(shape.words, shape.parameters, stage, world)
         counts = (work.flop, work.elements, float(work.passes), moved, 1.0)
         samples.append(Sample(f"{shape.layers} x {shape.hidden}", kind, max(seconds, 1e-6), counts))
     return samples

@@ -236,6 +236,11 @@ def loss_flop(rows: int, candidates: int, size: int) -> float:
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
+def stage_that_runs(zero_stage: int, world: int) -> int:
+    """The ZeRO stage of `world` ranks: one alone has nothing to share out, and would only pay for copies."""
+    return zero_stage if world > 1 else 0
+
+
 def state_parts(parameters: int, zero_stage: int, world: int) -> dict[str, float]:
     """Bytes of the fp32 state that one of `world` ranks holds.
 

@@ -84,7 +84,8 @@ class Engine:
             return
         with self._deepspeed.no_sync():
             yield
-        self._deepspeed.allreduce_gradients()
+        if distributed.world() > 1:  # or DeepSpeed would copy all gradients into a buffer and back
+            self._deepspeed.allreduce_gradients()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar to what is accumulated. Local inside `accumulate`."""

@@ -16,11 +16,11 @@ from trainer.cards import Card
 from trainer.costs import FP32, Compute, Lengths, Shape, Work, state_parts
 from trainer.device import GRAPHS_SHARE
 
-# Bytes that the update moves for each trained parameter, by reading the code of the step in fp32: on every rank the
-# table's gradient, the copy into a bucket, the division, the copy back; of a rank's own part its copy, the norm, the
-# clipping, AdamW (4 read, 3 written) and the new weights. ZeRO reduces a tensor larger than a bucket where it lies,
-# without the two copies: the word table of XLM-R.
-UPDATE_REPLICATED, UPDATE_COPIES, UPDATE_OWN = 24, 16, 56
+# Bytes that the update moves for each trained parameter, by reading the code of the step in fp32: the gradient; what a
+# rank updates itself, the norm, the clipping and AdamW (4 read, 3 written). Several ranks divide the gradient, and copy
+# it into a bucket and back, but ZeRO reduces a tensor larger than a bucket where it lies: the word table of XLM-R.
+# Where the optimizer is shared out, a rank copies its part of the gradient, and the new weights.
+UPDATE_GRADIENT, UPDATE_OWN, UPDATE_DIVISION, UPDATE_BUCKET, UPDATE_PART = 16, 40, 8, 16, 16
 BUCKET = 50_000_000  # numbers in one reduction; trainer/engine.py
 
 
@@ -94,8 +94,11 @@ def encoder_seconds(work: Work, rates: Rates) -> dict[str, float]:
 def update_bytes(words: int, trained: int, zero_stage: int, world: int) -> float:
     """Bytes that the optimizer of one rank moves, of `trained` parameters with `words` of them in the word table."""
     own = trained if zero_stage == 0 else trained / world
-    copied = trained - (words if zero_stage and words > BUCKET else 0)
-    return float(UPDATE_REPLICATED * trained + UPDATE_COPIES * copied + UPDATE_OWN * own)
+    moved = UPDATE_GRADIENT * trained + UPDATE_OWN * own
+    if world > 1:
+        in_buckets = trained - (words if zero_stage and words > BUCKET else 0)
+        moved += UPDATE_DIVISION * trained + UPDATE_BUCKET * in_buckets
+    return float(moved + (UPDATE_PART * own if zero_stage else 0))
 
 
 def collective_seconds(sent: dict[str, float], trained: int, links: Links, world: int) -> float:
@@ -172,8 +175,9 @@ class Prediction:
 
 def predict(job: Job, world: int, rates: Rates, links: Links, memory: float) -> Prediction:
     """The step of `job` on `world` ranks that have `memory` bytes each."""
-    state = state_parts(job.shape.parameters, job.zero_stage, world)
-    state["bucket"] = bucket_bytes(job.trained, job.zero_stage)
+    stage = costs.stage_that_runs(job.zero_stage, world)
+    state = state_parts(job.shape.parameters, stage, world)
+    state["bucket"] = bucket_bytes(job.trained, stage)
     reserved = 0.0 if job.compute.kind == "cpu" else CUDA_BYTES
     share = GRAPHS_SHARE["cpu" if job.compute.kind == "cpu" else "cuda"]
     budget = share * max(0.0, memory - state["weights"] - reserved) if job.budget is None else job.budget
@@ -187,7 +191,7 @@ def predict(job: Job, world: int, rates: Rates, links: Links, memory: float) -> 
         trained=job.trained,
         gathered=gathered,
         size=size,
-        zero_stage=job.zero_stage,
+        zero_stage=stage,
         world=world,
         passes=slowest.passes / job.shape.layers,
     )
@@ -195,7 +199,7 @@ def predict(job: Job, world: int, rates: Rates, links: Links, memory: float) -> 
     seconds = encoder_seconds(slowest, rates) | {
         "loss": compared / rates.loss,
         "collectives": collective_seconds(sent, job.trained, links, world),
-        "optimizer": update_bytes(job.shape.words, job.trained, job.zero_stage, world) / rates.update + rates.step,
+        "optimizer": update_bytes(job.shape.words, job.trained, stage, world) / rates.update + rates.step,
     }
     held = {
         "graphs": max(max(work.held, work.largest) for work in works),  # of a replay, where none is kept

@@ -123,7 +123,7 @@ class Config:
     scores_wait_minutes: float = key(60.0, help="wait: longest wait for a batch's scores", above=0)
     alpha: float = key(0.2, help="distillation: weight of the contrastive term, beside 1 for the teacher's", low=0)
 
-    zero_stage: int = key(1, help="DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
+    zero_stage: int = key(1, help="DeepSpeed ZeRO stage; one rank alone runs 0", choices=(0, 1, 2, 3))
     precision: str = key("fp32", help="of the encoder's matrix products: fp32, or bf16 by autocast")
     tf32: bool = key(True, help="allow TF32 in fp32 matrix products of the encoder (CUDA)")
     deterministic: bool = key(False, help="take only kernels that give the same bits each time (CUDA); slower")
