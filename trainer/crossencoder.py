@@ -105,9 +105,7 @@ def load_cross_encoder(path: str, tokenizer: Any, *, key: str = "model.path", **
         UserError: there is no such model, it lacks more than a head, or its head has several labels.
     """
     # The number of labels is not asked for here: a head of another size must be refused, not thrown away.
-    config = _config(path, key)
-    headed = any("ForSequenceClassification" in name for name in config.architectures or [])
-    labels = {} if headed else {"num_labels": 1}
+    labels = {} if has_head(path, key=key) else {"num_labels": 1}
     backbone, missing = load_weights(AutoModelForSequenceClassification, path, key=key, **labels, **changes)
     _check_labels(backbone, path, key)
     base = f"{backbone.base_model_prefix}."
@@ -117,6 +115,14 @@ def load_cross_encoder(path: str, tokenizer: Any, *, key: str = "model.path", **
     if missing:
         _renew_pooler(backbone)
     return CrossEncoder(backbone, _separator(backbone, tokenizer))
+
+
+def has_head(path: str, *, key: str) -> bool:
+    """Whether a folder's or hub id's weights are those of a cross-encoder, with a head.
+
+    Raises UserError, which names the key, where there is no model.
+    """
+    return any("ForSequenceClassification" in name for name in _config(path, key).architectures or [])
 
 
 def _renew_pooler(backbone: PreTrainedModel) -> None:

@@ -70,8 +70,8 @@ def run(config: Config) -> None:
             refusal of the hub.
         QuintetError: the exported folder does not give the same vectors.
     """
-    from data.pairing import read_settings
     from trainer import card, classic, hub, onnxfile
+    from trainer.crossencoder import has_head
 
     if config.onnx:
         onnxfile.require()
@@ -87,7 +87,7 @@ def run(config: Config) -> None:
     about = replace(about, license=config.license)
     if config.push:
         about = replace(about, name=config.push.split("/")[1], place=config.push)
-    write = _export_ranker if read_settings(sources[0]) else _export_encoder
+    write = _export_ranker if has_head(str(sources[0]), key="checkpoint") else _export_encoder
     found = write(sources, output, about, config)
     print(f"{output}: reloaded in sentence-transformers and transformers, max abs difference {found.difference:.1e}")
     if found.graphs:
