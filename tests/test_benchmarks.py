@@ -80,7 +80,7 @@ def test_the_loss_stage_of_all_sides_is_that_of_float64_before_it_is_timed() -> 
 @pytest.mark.slow
 def test_the_cache_and_the_teacher_give_what_their_peers_give_before_they_are_timed() -> None:
     result = scores.measure(quick=True)
-    assert result["correctness"]["largest difference of a logit"] < 1e-5
+    assert max(result["correctness"].values()) < 1e-5
     json.dumps(result)
 
 

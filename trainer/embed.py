@@ -20,9 +20,10 @@ from data.tokens import Ragged, TextEncoder, concat
 from data.tokens import fingerprint as tokenizer_fingerprint
 from trainer import checkpoint
 from trainer.attention import feed
+from trainer.cores import each_on_a_core
 from trainer.device import chunk_tokens
 from trainer.encoder import Encoder, Model, open_model
-from trainer.gradcache import plan
+from trainer.gradcache import Rows, plan
 
 if TYPE_CHECKING:
     from trainer.crossencoder import CrossEncoder
@@ -66,16 +67,21 @@ def encode(
     rounds = agree_max(len(chunks)) if agree_max else len(chunks)
     vectors = torch.empty(len(tokens), encoder.size)
     training = encoder.training
-    encoder.eval()
-    try:
+
+    def forward(rows: Rows) -> Tensor:
         # No inference mode: tensors made in it could not be used in a backward pass later, and ZeRO-3 keeps
         # parameters that it has gathered here.
         with torch.no_grad(), _autocast(device, precision):
-            embedded = (feed(encoder, tokens, rows, device, packed=packed) for rows in chunks)
-            for rows, found in zip(chunks, _on_the_host(embedded), strict=True):
-                vectors[torch.from_numpy(rows)] = found
-                if progress:
-                    progress(len(rows), int(tokens.lengths[rows].sum()))
+            return feed(encoder, tokens, rows, device, packed=packed)
+
+    encoder.eval()
+    try:
+        embedded = forwards(forward, chunks, device, collective=agree_max is not None)
+        for rows, found in zip(chunks, embedded, strict=True):
+            vectors[torch.from_numpy(rows)] = found
+            if progress:
+                progress(len(rows), int(tokens.lengths[rows].sum()))
+        with torch.no_grad(), _autocast(device, precision):
             for _ in range(rounds - len(chunks)):
                 one = torch.zeros(1, 1, dtype=torch.int64, device=device)
                 encoder(one, one == 0)
@@ -87,6 +93,18 @@ def encode(
 def may_pack(encoder: Encoder | CrossEncoder, device: torch.device, precision: str) -> bool:
     """Whether texts are read without padding: on a GPU, in the types that the kernel for that has."""
     return device.type == "cuda" and precision in ("bf16", "fp16") and encoder.packable
+
+
+def forwards(
+    forward: Callable[[Rows], Tensor], chunks: Sequence[Rows], device: torch.device, *, collective: bool = False
+) -> Iterator[Tensor]:
+    """What `forward` gives for each of the chunks, in their order and on the host.
+
+    A CPU works on several at once, in threads, unless forward passes are collectives; a GPU gets the next one's work
+    before the last one's result is waited for.
+    """
+    side_by_side = device.type == "cpu" and not collective
+    return _on_the_host(each_on_a_core(forward, chunks) if side_by_side else map(forward, chunks))
 
 
 def _on_the_host(found: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +37,7 @@ from data.scores import Logits, ScoreCache, Scores, ScoreWriter
 from trainer.attention import feed
 from trainer.crossencoder import Teacher
 from trainer.device import chunk_tokens
-from trainer.embed import Rate, may_pack
+from trainer.embed import Rate, forwards, may_pack
 from trainer.gradcache import plan
 from trainer.preempt import StopRequest
 from trainer.runfolder import Lease
@@ -86,15 +87,10 @@ class Scorer:
         self._packed = may_pack(teacher.encoder, device, precision)
 
     def __call__(self, rows: PairRows) -> Iterator[tuple[Numbers, Logits]]:
-        """(some of the rows, their logits), longest rows first; the next batch runs while one is looked at."""
-        running: tuple[Numbers, Tensor] | None = None
-        for chunk in plan(rows.lengths, self._tokens_per_chunk, self._packed):
-            begun = chunk, self._logits(rows, chunk)
-            if running:
-                yield running[0], running[1].cpu().numpy()
-            running = begun
-        if running:
-            yield running[0], running[1].cpu().numpy()
+        """(some of the rows, their logits), longest rows first; further batches run while one is looked at."""
+        chunks = plan(rows.lengths, self._tokens_per_chunk, self._packed)
+        for chunk, logits in zip(chunks, forwards(partial(self._logits, rows), chunks, self._device), strict=True):
+            yield chunk, logits.numpy()
 
     def _logits(self, rows: PairRows, chunk: Numbers) -> Tensor:
         teacher, tokens = self.teacher, rows.take(chunk)
