@@ -26,7 +26,7 @@ from trainer.encoder import Encoder
 from trainer.meter import peak_flops
 
 SMALL = step.Case(layers=12, hidden=384, vocabulary=32_000)
-TEXTS, CHUNKS, BATCHES, REPEATS = 1024, (1024, 2048, 4096, 8192), (8, 16, 32, 64, 128), 3
+TEXTS, CHUNKS, BATCHES, REPEATS = 1024, (256, 512, 1024, 2048), (4, 8, 16, 32, 64), 3
 HELD_OUT, MODEL = DEMO / "shards" / "holdout.jsonl", DEMO / "e5-small"
 COLLECTED = 512  # passages, of all sources alike
 

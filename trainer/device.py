@@ -59,6 +59,8 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
 # state and a chunk's backward; a host has other users.
 GRAPHS_SHARE = {"cpu": 1 / 2, "cuda": 4 / 5}
 
+_CHUNK_OF_A_CORE, _CHUNK_OF_ALL_CORES = 512, 2048
+
 
 def free_memory(device: torch.device) -> float:
     """Bytes that this rank may still take: free memory of its GPU, or its share of the host's."""
@@ -68,25 +70,32 @@ def free_memory(device: torch.device) -> float:
     return float(psutil.virtual_memory().available) / distributed.place().local_world
 
 
-def chunk_tokens(wanted: int | None, device: torch.device | str) -> int:
+def chunk_tokens(wanted: int | None, device: torch.device | str, *, half: bool = False) -> int:
     """Padded tokens of one forward pass without gradients: `wanted`, or what suits the device.
 
-    A CPU is twice as fast while activations fit its caches (benchmarks/LOG.md). A GPU wants many rows at once: an H100
-    encodes 2.7 million tokens a second by 65,536 and 1.4 million by 16,384 (benchmarks/gpu.py).
+    A CPU has a chunk on each core (trainer/cores.py), which in fp32 is fastest while the activations fit what the core
+    has of the caches (benchmarks/LOG.md); in half precision, where products take less time, that was not measured.
+    A GPU wants many rows at once: an H100 encodes 2.7 million tokens a second by 65,536 and 1.4 million by 16,384
+    (benchmarks/gpu.py).
     """
     if wanted is not None:
         return wanted
-    return 2048 if torch.device(device).type == "cpu" else 65_536
+    if torch.device(device).type != "cpu":
+        return 65_536
+    return _CHUNK_OF_ALL_CORES if half else _CHUNK_OF_A_CORE
 
 
 def training_chunk_tokens(wanted: int | None, device: torch.device | str, layers: int, hidden: int) -> int:
-    """The same for a pass whose activations are kept: on a GPU some 10 GiB of them, whatever the model.
+    """The same for a pass whose activations are kept: on a GPU some 10 GiB of them, whatever the model. All cores of a
+    CPU share a chunk there.
 
     Seen on an H100 in bf16: 350 KiB a token at 12 layers of 768. The size of the model decides, not the free memory,
     so that a run that is started again, or on another card, cuts the same chunks and draws the same dropout.
     """
-    if wanted is not None or torch.device(device).type == "cpu":
-        return chunk_tokens(wanted, device)
+    if wanted is not None:
+        return wanted
+    if torch.device(device).type == "cpu":
+        return _CHUNK_OF_ALL_CORES
     return min(65_536, max(1024, 32_768 * 12 * 768 // (layers * hidden)))
 
 

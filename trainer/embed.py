@@ -63,7 +63,7 @@ def encode(
     """
     device = torch.device(device)
     packed = may_pack(encoder, device, precision)
-    chunks = plan(tokens.lengths, chunk_tokens(tokens_per_chunk, device), packed)
+    chunks = plan(tokens.lengths, chunk_tokens(tokens_per_chunk, device, half=precision != "fp32"), packed)
     rounds = agree_max(len(chunks)) if agree_max else len(chunks)
     vectors = torch.empty(len(tokens), encoder.size)
     training = encoder.training
@@ -255,7 +255,7 @@ class Embedder:
             "pooling": model.pooling,
             "normalize": model.normalize,
             "precision": self.precision,
-            "tokens_per_chunk": chunk_tokens(self.tokens_per_chunk, self.device),
+            "tokens_per_chunk": chunk_tokens(self.tokens_per_chunk, self.device, half=self.precision != "fp32"),
             "device": self.device.type,
         }
 

@@ -83,7 +83,8 @@ class Scorer:
 
     def __init__(self, teacher: Teacher, device: torch.device, precision: str, tokens_per_chunk: int | None) -> None:
         self.teacher, self._device = teacher, device
-        self._half, self._tokens_per_chunk = HALVES.get(precision), chunk_tokens(tokens_per_chunk, device)
+        self._half = HALVES.get(precision)
+        self._tokens_per_chunk = chunk_tokens(tokens_per_chunk, device, half=self._half is not None)
         self._packed = may_pack(teacher.encoder, device, precision)
 
     def __call__(self, rows: PairRows) -> Iterator[tuple[Numbers, Logits]]:
