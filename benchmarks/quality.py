@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from benchmarks.common import DEMO
 from trainer.device import has_fast_bf16
 
 SHARE, STEPS = 0.3, 80
@@ -36,7 +37,6 @@ POOL = (
 PAIRS_A_SOURCE = 60_000
 RERANKED, RERANKED_QUERIES = 20, 600
 METRIC = "ndcg_at_10"
-FULL = Path("demo-full")
 
 
 def main() -> None:
@@ -139,10 +139,10 @@ def planted_of(folder: Path) -> tuple[int, int]:
 
 def need_full(lab: Lab) -> None:
     """What `make demo-full` leaves, and the same pairs with random negatives."""
-    if not (FULL / "scores").is_dir():
-        sys.exit(f"{FULL}/scores: not there; run `make demo-full` first, its models and data are used here")
+    if not (DEMO / "scores").is_dir():
+        sys.exit(f"{DEMO}/scores: not there; run `make demo-full` first, its models and data are used here")
     if not lab.path("random").exists():
-        places = (f"model={FULL}/filtered", f"data={FULL}/shards/*-000000.tar", f"output={lab.path('random')}")
+        places = (f"model={DEMO}/filtered", f"data={DEMO}/shards/*-000000.tar", f"output={lab.path('random')}")
         lab.run("mine", "--config", f"{CONFIGS}/mine.yaml", *places, "random_negatives=3")
 
 
@@ -151,20 +151,20 @@ def finetune(lab: Lab, seed: int) -> dict[str, float]:
     alone = ("scores=", "missing_scores=contrastive")
     kinds = {
         "random negatives": (f"data={lab.path('random')}", *alone),
-        "mined negatives": (f"data={FULL}/mined", *alone),
-        "mined negatives and the teacher": (f"data={FULL}/mined", f"scores={FULL}/scores"),
+        "mined negatives": (f"data={DEMO}/mined", *alone),
+        "mined negatives and the teacher": (f"data={DEMO}/mined", f"scores={DEMO}/scores"),
     }
     precision = f"precision={'bf16' if has_fast_bf16('cpu') else 'fp32'}"
-    held_out, rows = FULL / "shards" / "holdout.jsonl", {}
+    held_out, rows = DEMO / "shards" / "holdout.jsonl", {}
     for kind, settings in kinds.items():
         run = lab.train(
             f"{kind.replace(' ', '-')}-{seed}",
-            *("finetune", "--config", f"{CONFIGS}/finetune.yaml", f"model.path={FULL}/filtered/model", *settings),
-            *(f"loss.guide.path={FULL}/guide", f"seed={seed}", precision),
+            *("finetune", "--config", f"{CONFIGS}/finetune.yaml", f"model.path={DEMO}/filtered/model", *settings),
+            *(f"loss.guide.path={DEMO}/guide", f"seed={seed}", precision),
         )
         rows |= lab.scores(kind, run, held_out, precision)
     few = (precision, f"limit={RERANKED_QUERIES}", f"seed={seed}")
-    teacher = (f"rerank={FULL}/teacher/model", f"rerank_depth={RERANKED}")
+    teacher = (f"rerank={DEMO}/teacher/model", f"rerank_depth={RERANKED}")
     return rows | lab.scores("the same, some queries", run, held_out, *few, *teacher)
 
 

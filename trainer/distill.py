@@ -50,7 +50,7 @@ class Config:
     max_query_length: int = key(0, help="tokens of the query; 0: the teacher's own, else half of max_length", low=0)
     precision: str = key("fp32", help="matrix products of the teacher", choices=("fp32", "bf16", "fp16"))
     tokens_per_chunk: int | None = key(
-        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 on a CPU", low=1
+        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 (half precision: 2048) on a CPU", low=1
     )
     flush_pairs: int = key(4_096, help="scores in a file: at most so many are lost by a kill", low=1)
     claim_seconds: float = key(60.0, help="take over a shard when its worker elsewhere is silent for so long", above=0)

@@ -21,7 +21,7 @@ class Config:
     dtype: str = key("float32", help="of the vectors", choices=("float32", "float16"))
     format: str = key("npy", help="one matrix, or Arrow blocks with ids", choices=("npy", "arrow"))
     tokens_per_chunk: int | None = key(
-        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 on a CPU", low=1
+        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 (bf16: 2048) on a CPU", low=1
     )
     precision: str = key("fp32", help="matrix products", choices=("fp32", "bf16"))
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))

@@ -77,7 +77,7 @@ class Config:
     limit: int = key(0, help="at most so many queries of each data set, drawn with seed; 0: all", low=0)
     seed: int = key(0, help="seed of that draw")
     tokens_per_chunk: int | None = key(
-        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 on a CPU", low=1
+        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 (bf16: 2048) on a CPU", low=1
     )
     precision: str = key("fp32", help="matrix products", choices=("fp32", "bf16"))
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))

@@ -30,7 +30,7 @@ class Config:
     dtype: str = key("float16", help="how vectors of the pool are kept", choices=("float16", "float32"))
     shard_mib: int = key(64, help="size of a shard, in MiB", low=1, high=4096)
     tokens_per_chunk: int | None = key(
-        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 on a CPU", low=1
+        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 (bf16: 2048) on a CPU", low=1
     )
     precision: str = key("fp32", help="matrix products of the encoder", choices=("fp32", "bf16"))
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))

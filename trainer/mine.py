@@ -49,7 +49,7 @@ class Config:
     unit: int = key(16_384, help="records that are searched together, and what a killed rank may lose", low=1)
     dtype: str = key("float32", help="how vectors of the passages are kept", choices=("float16", "float32"))
     tokens_per_chunk: int | None = key(
-        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 on a CPU", low=1
+        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 (bf16: 2048) on a CPU", low=1
     )
     precision: str = key("fp32", help="matrix products of the encoder", choices=("fp32", "bf16"))
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))

@@ -33,7 +33,7 @@ class Config:
     host: str = key("127.0.0.1", help="address of that page; another than this machine's own opens it to the network")
     port: int = key(8000, help="port of that page; 0: any that is free", low=0, high=65535)
     tokens_per_chunk: int | None = key(
-        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 on a CPU", low=1
+        None, help="padded tokens of one forward pass; null: 65536 on a GPU, 512 (bf16: 2048) on a CPU", low=1
     )
     precision: str = key("fp32", help="matrix products", choices=("fp32", "bf16"))
     device: str = key("auto", help="where to compute; auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
