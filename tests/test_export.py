@@ -361,6 +361,11 @@ def test_a_re_ranker_of_others_is_exported_as_one(tmp_path: Path) -> None:
     assert read_settings(tmp_path / "out") is not None
 
 
+def test_a_folder_that_is_no_model_is_named_with_its_key(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"checkpoint={tmp_path}: the folder has no config.json"):
+        export.run(export.Config(checkpoint=str(tmp_path), output=str(tmp_path / "out")))
+
+
 # --- the stage -------------------------------------------------------------------------------------------------
 
 

@@ -194,10 +194,11 @@ def _take_mean(backbone: PreTrainedModel, sources: list[Path]) -> None:
 def _model_of_checkpoint(folder: Path) -> Path:
     """The model inside a checkpoint of ours, after a check of all its files; any other folder is a model itself."""
     from trainer import checkpoint
+    from trainer.encoder import local_folder
 
     if (folder / checkpoint.MANIFEST).exists() or folder.name.startswith("step-"):
         return checkpoint.load(folder, deep=True).folder / "model"
-    return folder
+    return local_folder(str(folder), "checkpoint")
 
 
 def _run_of(source: Path) -> Path | None:
