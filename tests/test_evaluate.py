@@ -26,6 +26,7 @@ from trainer import bm25, checkpoint, distributed, evaluate, retrieval, sets
 from trainer.embed import encode_texts
 from trainer.encoder import open_model
 from trainer.metrics import NAMES
+from trainer.runfolder import Lease
 
 PROMPTS = Prompts(query="q: ", passage="p: ")
 
@@ -426,6 +427,18 @@ def test_the_stage_writes_scores_with_their_circumstances_and_prints_them(
     printed = capsys.readouterr().out
     for word in ("rooms", "bitext", "titles", "BM25", "nDCG@10"):
         assert word in printed
+
+
+def test_two_jobs_do_not_write_the_same_results(prepared: Path) -> None:
+    evaluate.run(_config(prepared, output=str(prepared / "scores/one.json")))
+    assert not list((prepared / "scores").glob(".*"))
+    before = (prepared / "scores/one.json").read_bytes()
+    with Lease(prepared / "scores", file=".one.lease"):  # as another job holds it
+        with pytest.raises(UserError, match=r"output=.*one\.json: process .* working here .* choose another output"):
+            evaluate.run(_config(prepared, output=str(prepared / "scores/one.json")))
+        assert (prepared / "scores/one.json").read_bytes() == before
+        evaluate.run(_config(prepared, output=str(prepared / "scores/two.json")))
+    assert (prepared / "scores/two.json").read_bytes() == before
 
 
 def test_prompts_and_length_may_be_set_and_bm25_left_out(prepared: Path) -> None:

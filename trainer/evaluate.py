@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -98,7 +99,8 @@ def run(config: Config) -> None:
     Collective: rank 0 leads, the others embed for it. Tasks that are finished in the output are not evaluated again.
 
     Raises:
-        UserError: missing model or data, a name that is none, a task without a result, or a device that is not there.
+        UserError: missing model or data, a name that is none, a task without a result, a device that is not there, or
+            another job that writes the same results.
         NumericError: the model gives NaN or infinity.
     """
     if config.offline:
@@ -110,9 +112,10 @@ def run(config: Config) -> None:
 
     begin = time.perf_counter()
     device = pick_device(config.device)
-    with work.job(device), leaving_when_warned(Stopped.exit_code):
+    with work.job(device), leaving_when_warned(Stopped.exit_code), ExitStack() as stack:
         wanted: list[_Wanted] = []
         distributed.on_first_rank(lambda: wanted.append(_wanted(config)))
+        distributed.on_first_rank(lambda: _take_lease(_results_file(config), stack))
         with distributed.together():
             model = _with_prompts(load_model(config.model, device, config.max_length), config.prompts)
         encoder = shared.SharedEncoder(model, device, config.precision, config.tokens_per_chunk)
@@ -303,6 +306,14 @@ def _about(config: Config, model: Model, device: torch.device, notes: list[str],
 def _results_file(config: Config) -> Path:
     output = Path(config.output).expanduser()
     return output if output.suffix == ".json" else output / "results.json"
+
+
+def _take_lease(file: Path, stack: ExitStack) -> None:
+    """Keep other jobs from writing these results meanwhile; the lease of one that died is taken over."""
+    from trainer.runfolder import Lease, make_folder
+
+    make_folder(file.parent, "output")
+    stack.enter_context(Lease(file.parent, file=f".{file.stem}.lease", what=f"output={file}"))
 
 
 def _write(file: Path, results: dict[str, Result], about: dict[str, Any]) -> None:

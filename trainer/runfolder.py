@@ -56,16 +56,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def make_folder(run_dir: str | Path) -> Path:
-    """Create the run folder, or see that it can be written to. Raises UserError when it cannot."""
-    folder = Path(run_dir)
+def make_folder(name: str | Path, key: str = "run_dir") -> Path:
+    """Create a folder, or see that it can be written to. Raises UserError, which names the key, when it cannot."""
+    folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"run_dir={run_dir}: cannot be written to ({error.strerror}); choose another folder") from None
+        raise UserError(f"{key}={name}: cannot be written to ({error.strerror}); choose another folder") from None
     return folder
 
 
@@ -237,23 +237,30 @@ class _Sight:
 
 
 class Lease:
-    """The right of one process to work on something: a file, lease.json in a run folder, renewed while it lives.
+    """The right of one process to work on something: a file in its folder, renewed while the process lives.
 
     Where the owner shares our process table, a lease is stale when its process is gone. Elsewhere (another host, a
     container) it is watched: one that is renewed is alive, one that is not for `limit_seconds` is stale. No clock of
     another machine is trusted, and a job that was killed and started again on another node waits instead of failing.
+
+    Args:
+        folder: where the lease is kept.
+        file: its name there; lease.json is that of a run.
+        what: what is worked on, as KEY=VALUE; empty: run_dir=FOLDER.
     """
 
     def __init__(
         self,
-        run_dir: str | Path,
+        folder: str | Path,
         *,
         file: str = "lease.json",
+        what: str = "",
         renew_seconds: float = 10.0,
         limit_seconds: float = 60.0,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._path = Path(run_dir) / file
+        self._path = Path(folder) / file
+        self._what = what or f"run_dir={folder}"
         self._owner = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -363,8 +370,8 @@ class Lease:
     def _refusal(self, other: Mapping[str, Any]) -> str:
         minutes = max(0.0, time.time() - other["since"]) / 60
         return (
-            f"run_dir={self._path.parent}: process {other['pid']} on host {other['host']} has been working here for "
-            f"{minutes:.0f} minutes; stop it, or choose another run_dir"
+            f"{self._what}: process {other['pid']} on host {other['host']} has been working here for "
+            f"{minutes:.0f} minutes; stop it, or choose another {self._what.partition('=')[0]}"
         )
 
     def _set_aside(self, stale: Mapping[str, Any]) -> None:
