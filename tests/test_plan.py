@@ -380,6 +380,16 @@ def test_a_number_of_gpus_that_lanes_do_not_allow_is_named(capsys: pytest.Captur
     assert "lanes" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("gpus", "told"),
+    [("[1]", "ZeRO-0 on one GPU,"), ("[1,8]", "ZeRO-0 on one GPU, ZeRO-1 on more,"), ("[8]", "ZeRO-1,")],
+)
+def test_the_stage_that_runs_is_told(gpus: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One rank has nobody to share the optimizer's state with (trainer/costs.py, stage_that_runs)."""
+    assert main(["plan", f"model.path={START['small']}", f"cluster.gpus={gpus}", "precision=bf16"]) == 0
+    assert f"bf16, {told} on h100" in capsys.readouterr().out
+
+
 def test_a_card_that_is_too_small_is_told_by_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"model.path={START['large']}", "cluster.device=l4", "cluster.gpus=[8]", "cluster.memory_gib=4"]
     assert main(["plan", *words, "precision=bf16"]) == 0

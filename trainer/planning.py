@@ -312,9 +312,18 @@ def _about(config: Config, job: Job, machine: Machine, first: Prediction) -> lis
         ("model", f"{sizes}: {shape.parameters:,} parameters, {job.trained:,} trained"),
         ("batch", f"{job.batch:,} pairs with {job.negatives} negatives, {config.steps:,} steps"),
         ("tokens", f"{tokens:.0f} a pair, {first.tokens:,} a step, at most {config.max_length} a text; {chunk}"),
-        ("run", f"{config.precision}, ZeRO-{job.zero_stage}, on {config.cluster.device}"),
+        ("run", f"{config.precision}, {_stage(config, job)}, on {config.cluster.device}"),
         ("rates", machine.source),
     ]
+
+
+def _stage(config: Config, job: Job) -> str:
+    asked, alone = job.zero_stage, costs.stage_that_runs(job.zero_stage, 1)
+    if asked == alone or 1 not in config.cluster.gpus:
+        return f"ZeRO-{asked}"
+    return f"ZeRO-{alone} on one {_unit(config, 1)}" + (
+        "" if max(config.cluster.gpus) == 1 else f", ZeRO-{asked} on more"
+    )
 
 
 def _notes(config: Config, machine: Machine) -> list[str]:
