@@ -321,9 +321,8 @@ def _stage(config: Config, job: Job) -> str:
     asked, alone = job.zero_stage, costs.stage_that_runs(job.zero_stage, 1)
     if asked == alone or 1 not in config.cluster.gpus:
         return f"ZeRO-{asked}"
-    return f"ZeRO-{alone} on one {_unit(config, 1)}" + (
-        "" if max(config.cluster.gpus) == 1 else f", ZeRO-{asked} on more"
-    )
+    others = f", ZeRO-{asked} on more" if max(config.cluster.gpus) > 1 else ""
+    return f"ZeRO-{alone} on one {_unit(config, 1)}{others}"
 
 
 def _notes(config: Config, machine: Machine) -> list[str]:
