@@ -23,7 +23,7 @@ RUN := PATH="$$PWD/.venv/bin:$$PATH"
 
 define NEEDS
 if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	echo "quintet needs Python 3.11 or newer, which '$(PYTHON)' is not; name another: make PYTHON=python3.12" >&2; exit 2; \
+	echo "quintet needs Python 3.11 or newer; '$(PYTHON)' is older or does not start; name another: make PYTHON=python3.12" >&2; exit 2; \
 elif ! "$(PYTHON)" -c 'import ensurepip' 2>/dev/null; then \
 	echo "quintet needs Python's venv module; on Debian and Ubuntu: sudo apt-get install -y python3-venv" >&2; exit 2; \
 fi
