@@ -1,8 +1,9 @@
 """What `quintet plan` predicts beside what this machine does, on one rank and on two, at other sizes than it measured.
 
 The twenty steps of `quintet plan measure=` come first, in the same processes; then steps of every case on natural
-lengths, each one's shortest of some. Ranks have one thread and times are CPU times, of the rank that takes longest: on
-a quiet machine that is the wall clock, and on a busy one it is steadier.
+lengths, each one's shortest of some; in bf16 only where the processor has products of it. Ranks have one thread and
+times are CPU times, of the rank that takes longest: on a quiet machine that is the wall clock, and on a busy one it is
+steadier.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ QUICK = (Case(1, 64, 500, 8), Case(1, 64, 500, 8, "bf16"))
 
 def measure(quick: bool = False) -> dict[str, Any]:
     """Calibrate, run and predict, for each number of ranks in processes of their own."""
+    from trainer.device import has_fast_bf16
+
     cases, repeats = (QUICK, 1) if quick else (CASES, 2)
+    cases = tuple(case for case in cases if case.precision == "fp32" or has_fast_bf16("cpu"))
     tables, targets, calibrations = [], [], {}
     for world in WORLDS:
         print(f"plan: {world} ranks ...", flush=True)
