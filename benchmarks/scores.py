@@ -165,9 +165,9 @@ def collected_scoring(case: Case) -> dict[str, Any]:
     index = read(COLLECTED_PAIRS / "index.json", COLLECTED_PAIRS)
     for shard in range(len(index.shards)):
         pairs = next(windows(index, shard))
-        chosen = random.choice(len(pairs), 2 * case.queries, replace=False)
-        whole = pairs.rows(chosen, encoder).lengths < encoder.settings.max_length
-        parts.append(Part(pairs, chosen[whole]))
+        part = Part(pairs, random.choice(len(pairs), 2 * case.queries, replace=False))
+        queries, passages = zip(*part.texts(), strict=True)
+        parts.append(Part(pairs, part.chosen[encoder.whole(queries, passages)]))
     return _beside_predict(case, COLLECTED_TEACHER, parts)
 
 
