@@ -28,6 +28,7 @@ from data.records import Record
 from data.scores import ScoreCache, Scores, ScoreWriter
 from data.shards import ShardWriter, write_index
 from trainer.crossencoder import open_teacher
+from trainer.device import keep_freed_memory
 from trainer.scoring import Scorer
 
 SEED, TEACHER = 5, "0" * 32
@@ -58,6 +59,7 @@ QUICK = Case(scores=20_000, segment=1_000, batches=3, layers=1, size=32, queries
 
 def measure(quick: bool = False) -> dict[str, Any]:
     case = QUICK if quick else FULL
+    keep_freed_memory()  # as every stage does; the peer, in the same process, has it too
     reading = _reading(case)
     scored = {f"a teacher of {case.layers} layers of {case.size}, fp32": scoring(case)}
     if not quick and COLLECTED_TEACHER.is_dir():

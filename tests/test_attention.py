@@ -16,9 +16,11 @@ SHAPE = (3, 4, 11, 8)  # texts, heads, tokens, numbers of a head
 LENGTHS = (11, 7, 1)
 
 
-def inputs(kind: torch.dtype) -> list[Tensor]:
+def inputs(kind: torch.dtype, queries: int = SHAPE[2]) -> list[Tensor]:
+    """Queries of the first tokens of each text, and all keys and values."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(SHAPE, generator=generator).to(kind).requires_grad_() for _ in range(3)]
+    made = [torch.randn(SHAPE, generator=generator).to(kind) for _ in range(3)]
+    return [tensor.requires_grad_() for tensor in (made[0][:, :, :queries].clone(), *made[1:])]
 
 
 def mask_of(rows: int) -> Tensor:
@@ -28,7 +30,7 @@ def mask_of(rows: int) -> Tensor:
 
 
 def attend(rows: list[Tensor], mask: Tensor | None, p: float, *, training: bool = True) -> Tensor:
-    attended, _ = attention._attention(SimpleNamespace(training=training, is_causal=False), *rows, mask, dropout=p)  # type: ignore[arg-type]
+    attended, _ = attention.attention(SimpleNamespace(training=training, is_causal=False), *rows, mask, dropout=p)  # type: ignore[arg-type]
     return attended.transpose(1, 2)
 
 
@@ -44,19 +46,22 @@ def formula(rows: list[Tensor], mask: Tensor | None, kept: Tensor | None, p: flo
     return weights @ value
 
 
-CASES = [(p, rows) for p in (0.0, 0.25) for rows in (0, 1, SHAPE[2])]
+CASES = [(p, rows, SHAPE[2]) for p in (0.0, 0.25) for rows in (0, 1, SHAPE[2])]
+FIRST_ONLY = [(p, rows, 1) for p in (0.0, 0.25) for rows in (0, 1)]
 
 
 @pytest.mark.parametrize(("kind", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize(("p", "rows"), CASES)
-def test_output_and_gradients_are_the_formulas(kind: torch.dtype, error: float, p: float, rows: int) -> None:
-    given, mask = inputs(kind), mask_of(rows) if rows else None
+@pytest.mark.parametrize(("p", "rows", "queries"), CASES + FIRST_ONLY)
+def test_output_and_gradients_are_the_formulas(
+    kind: torch.dtype, error: float, p: float, rows: int, queries: int
+) -> None:
+    given, mask = inputs(kind, queries), mask_of(rows) if rows else None
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     torch.manual_seed(9)
-    kept = dropout.keep_mask((SHAPE[0] * SHAPE[1], SHAPE[2], SHAPE[2]), p) if p else None
+    kept = dropout.keep_mask((SHAPE[0] * SHAPE[1], queries, SHAPE[2]), p) if p else None
     torch.manual_seed(9)
     found, wanted = attend(given, mask, p), formula(exact, mask, kept, p)
-    upstream = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(kind)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(kind)
     found.backward(upstream)
     wanted.backward(upstream.double())
     assert found.dtype == kind

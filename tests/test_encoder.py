@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,10 +171,11 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_gradients_in_bf16_are_those_in_fp32_up_to_its_rounding(tmp_path: Path):
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_gradients_in_bf16_are_those_in_fp32_up_to_its_rounding(tmp_path: Path, pooling: str):
     """With padding in the batch, in training, where attention on a CPU is our own."""
     model = open_model(tiny.bert(tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    model.encoder.train()
+    model = replace(model, encoder=Encoder(model.encoder.backbone, pooling).train())
     texts = tokens(model)
     ids, mask = gradcache.pad(texts, np.arange(len(texts)), model.tokenizer.pad_token_id)
     weights = torch.randn(len(texts), model.encoder.size, generator=torch.Generator().manual_seed(0))

@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "mirror": f"file://{folder}/mirror",
         },
         "finetune": {**held, "scores": folder / "scores", "loss.guide.path": folder / "bert", "loss.guide.weight": 0.1},
-        "teacher": {"eval.data": folder / "shards"},
+        "teacher": {"eval.data": folder / "shards", "peak_tflops": 2},
     }
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     logger = logging.getLogger("quintet")
@@ -152,6 +152,16 @@ def test_mfu_is_the_arithmetic_of_the_tokens_over_the_peak_that_is_given(runs: P
     layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 2 * 2 * 32
     useful = 6 * (2 * layer + 2 * 32)  # and the layer norm of the embeddings
     rows = [row for row in _rows(runs / "pretrain") if "perf/mfu" in row]
+    assert rows
+    for row in rows:
+        assert row["perf/mfu"] == pytest.approx(row["perf/tokens_per_s"] * useful / 2e12)
+
+
+def test_mfu_of_a_teacher_leaves_out_what_it_computes_once_a_text(runs: Path) -> None:
+    """Of the last layer keys and values are left, and the head is gone."""
+    layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 2 * 2 * 32
+    useful = 6 * (layer + 2 * (32 * 32 + 32) + 2 * 32)
+    rows = [row for row in _rows(runs / "teacher") if "perf/mfu" in row]
     assert rows
     for row in rows:
         assert row["perf/mfu"] == pytest.approx(row["perf/tokens_per_s"] * useful / 2e12)

@@ -79,7 +79,7 @@ def use_own_attention(backbone: PreTrainedModel) -> None:
         backbone.set_attn_implementation(_OWN)
 
 
-def _attention(
+def attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -88,14 +88,18 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     segments: Segments | None = None,
+    first_only: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query, key, value [n, H, T, d] -> [n, T, H, d]."""
+    """transformers' attention interface: query, key, value [n, H, T, d] -> [n, T, H, d].
+
+    first_only: queries are there for the first token of each text alone.
+    """
     if segments is not None:
         attend = _varlen if query.is_cuda else _segment_by_segment
         # not [0], whose gradient is a copy into zeros
         query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-        return attend(query, key, value, segments, scaling)[None], None
+        return attend(query, key, value, segments, scaling, first_only)[None], None
     # The same way with and without gradients, so that a replay computes what the first pass did.
     if query.device.type == "cpu" and module.training and (dropout or query.dtype == torch.bfloat16):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -112,30 +116,31 @@ class _WrittenOut(torch.autograd.Function):
     torch writes the weights out there too where they have dropout, in fp32 and with six tensors of their size for the
     backward pass; without dropout its kernel's backward in bf16 takes 60 ms a call. Here products are in the type of
     q, k and v, and two such tensors are held: the weights, and the mask. `mask` is bool [n, 1, 1 or T, T], True where
-    a key may be looked at, or None.
+    a key may be looked at, or None. Queries may be fewer than keys.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, p: float
     ) -> Tensor:
-        shape = query.shape
-        q, k, v = (tensor.reshape(-1, *shape[2:]) for tensor in (query, key, value))
+        q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
         weights = torch.softmax(_scores(q, k, mask, scale), -1)
         kept = drop.keep_mask(weights.shape, p) if p else None
         ctx.save_for_backward(q, k, v, weights, kept)
-        ctx.shape, ctx.scale, ctx.share = shape, scale, drop.scale(p)
-        return _times(_dropped(weights, kept), v, ctx.share).view(shape)
+        ctx.scale, ctx.share = scale, drop.scale(p)
+        ctx.texts = len(query)
+        return _times(_dropped(weights, kept), v, ctx.share).view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights, kept = ctx.saved_tensors
-        grad = grads[0].reshape(v.shape)
+        grad = grads[0].flatten(0, 1)
         to_value = _times(_dropped(weights, kept).mT, grad, ctx.share)
         to_weights = _dropped(_times(grad, v.mT, ctx.share), kept)
         to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
         to_query, to_key = _times(to_scores, k, ctx.scale), _times(to_scores.mT, q, ctx.scale)
-        return to_query.view(ctx.shape), to_key.view(ctx.shape), to_value.view(ctx.shape), None, None, None
+        to_inputs = (gradient.unflatten(0, (ctx.texts, -1)) for gradient in (to_query, to_key, to_value))
+        return *to_inputs, None, None, None
 
 
 def _times(left: Tensor, right: Tensor, factor: float) -> Tensor:
@@ -148,32 +153,45 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     if mask is None:
         return _times(q, k.mT, scale)
     bias = q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
-    heads, longest = len(q) // len(mask), q.shape[1]
-    return torch.baddbmm(bias.expand(-1, heads, longest, -1).flatten(0, 1), q, k.mT, alpha=scale)
+    heads, queries = len(q) // len(mask), q.shape[1]
+    return torch.baddbmm(bias.expand(-1, heads, queries, -1).flatten(0, 1), q, k.mT, alpha=scale)
 
 
 def _dropped(weights: Tensor, kept: Tensor | None) -> Tensor:
     return weights if kept is None else drop.keep(weights, kept)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    """[T, H, d] each; the flash kernel. It has no dropout of attention weights."""
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, first_only: bool
+) -> Tensor:
+    """[T, H, d] each, query [n, H, d] if first_only; the flash kernel. It has no dropout of attention weights."""
     from torch.nn.attention.varlen import varlen_attn
 
     longest = segments.longest
-    attended = varlen_attn(query, key, value, segments.offsets, segments.offsets, longest, longest, scale=scaling)
+    offsets, most = (_one_each(segments), 1) if first_only else (segments.offsets, longest)
+    attended = varlen_attn(query, key, value, offsets, segments.offsets, most, longest, scale=scaling)
     assert isinstance(attended, Tensor)
     return attended
 
 
-def _segment_by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+def _segment_by_segment(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, first_only: bool
+) -> Tensor:
     """The same on the host, where there is no such kernel: one SDPA call per text."""
+    sizes = segments.offsets.diff().tolist()
+    queries = query.split([1] * len(sizes) if first_only else sizes)
     outputs = []
-    for begin, end in zip(segments.offsets[:-1].tolist(), segments.offsets[1:].tolist(), strict=True):
-        q, k, v = (tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value))
+    for texts in zip(queries, key.split(sizes), value.split(sizes), strict=True):
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in texts)
         outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-AttentionInterface.register(_OWN, _attention)
+def _one_each(segments: Segments) -> Tensor:
+    """Offsets of one query for each text: int32 [n + 1]."""
+    offsets = segments.offsets
+    return torch.arange(len(offsets), dtype=offsets.dtype, device=offsets.device)
+
+
+AttentionInterface.register(_OWN, attention)
 AttentionMaskInterface.register(_OWN, sdpa_mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from trainer.device import can_compile, training_chunk_tokens, use_same_kernels
 from trainer.embed import encode, may_pack
 from trainer.encoder import Encoder, compile_layers
 from trainer.engine import Engine, OptimizerSettings
+from trainer.firsttoken import once_a_text
 from trainer.step import Stepper
 from trainer.tasks import Task, open_task
 from trainer.train import Config
@@ -161,13 +163,11 @@ def _packed(config: Config, encoder: Encoder | CrossEncoder, device: torch.devic
 
 
 def _flops_per_token(trained: torch.nn.Module, engine: Engine) -> float:
-    """6 x the parameters that take part in matrix products: all but the tables that are looked up."""
-    tables = sum(
-        module.weight.numel() if engine.stage < 3 else module.num_embeddings * module.embedding_dim
-        for module in trained.modules()
-        if isinstance(module, torch.nn.Embedding)
-    )
-    return 6.0 * (engine.count - tables)
+    """6 x the parameters that take part in matrix products of every token: no tables, and not what is once a text."""
+    tables = [module.weight for module in trained.modules() if isinstance(module, torch.nn.Embedding)]
+    left_out = {id(parameter) for parameter in (*tables, *once_a_text(trained.backbone))}  # type: ignore[arg-type]
+    numbers = {name: math.prod(engine.shapes[name]) for name, p in engine.parameters.items() if id(p) not in left_out}
+    return 6.0 * sum(numbers.values())
 
 
 def _evaluation(

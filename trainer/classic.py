@@ -35,6 +35,7 @@ from trainer import onnxfile
 from trainer.card import Card, Facts, readme
 from trainer.embed import encode_texts
 from trainer.encoder import Encoder, Model, pool
+from trainer.firsttoken import read_all_tokens
 
 # Opens a folder as its users do: (folder, texts, prompt name) -> vectors [n, D] in fp32, each after that prompt.
 Reader = Callable[[Path, Sequence[str], str], Tensor]
@@ -185,7 +186,8 @@ def _write_files(model: Model, folder: Path, dtype: str) -> Model:
 
 
 def use_common_attention(backbone: PreTrainedModel) -> None:
-    """Let a backbone compute attention as any reader's does, instead of by ours."""
+    """Let a backbone compute attention as any reader's does, instead of by ours, and its last layer in full."""
+    read_all_tokens(backbone)
     backbone.set_attn_implementation("eager" if backbone.config.model_type == "mpnet" else "sdpa")
 
 

@@ -21,6 +21,7 @@ from trainer.attention import Segments, is_packable, use_own_attention
 from trainer.dropout import use_own_dropout
 from trainer.embed import weights_hash
 from trainer.encoder import first_position, load_weights, local_folder
+from trainer.firsttoken import read_first_tokens
 
 MAX_LENGTH = 192  # of SimLM's re-ranker
 # What a model's configuration says of its origin and of the library, not of what it computes.
@@ -43,6 +44,7 @@ class CrossEncoder(nn.Module):
         self.size = 1
         use_own_attention(backbone)
         use_own_dropout(backbone)
+        read_first_tokens(backbone)
 
     @property
     def max_positions(self) -> int:
@@ -69,7 +71,7 @@ class CrossEncoder(nn.Module):
         base: Any = self.backbone.base_model
         positions = segments.positions + first_position(base)
         hidden = base(input_ids=input_ids, position_ids=positions, segments=segments, **types).last_hidden_state
-        return hidden[0, segments.offsets[:-1].long()][:, None]
+        return hidden.transpose(0, 1)
 
     def _head(self, first: Tensor) -> Tensor:
         """Logits [n, 1] of first tokens [n, 1, D]: BERT's head goes through its pooler, RoBERTa's is whole."""

@@ -21,6 +21,7 @@ from data.errors import UserError
 from data.tokens import load_tokenizer
 from trainer.attention import Segments, is_packable, use_own_attention
 from trainer.dropout import use_own_dropout
+from trainer.firsttoken import is_for_first_tokens, read_first_tokens, reads_first_tokens
 
 transformers_logging.disable_progress_bar()  # its bar for loading weights fills a log with carriage returns
 
@@ -47,6 +48,8 @@ class Encoder(nn.Module):
         self.first_position = first_position(backbone)
         use_own_attention(backbone)
         use_own_dropout(backbone)
+        if pooling == "cls":
+            read_first_tokens(backbone)
 
     @property
     def size(self) -> int:
@@ -73,7 +76,9 @@ class Encoder(nn.Module):
         else:
             positions = segments.positions + self.first_position
             hidden = self.backbone(input_ids=input_ids, position_ids=positions, segments=segments).last_hidden_state
-            pooled = pool_packed(hidden.squeeze(0).float(), segments.offsets, self.pooling)
+            hidden = hidden.squeeze(0).float()
+            first_only = reads_first_tokens(self.backbone)
+            pooled = hidden if first_only else pool_packed(hidden, segments.offsets, self.pooling)
         if self.dimensions:
             pooled = pooled[:, : self.dimensions]
         return F.normalize(pooled, dim=1) if self.normalize else pooled
@@ -112,13 +117,15 @@ def compile_layers(backbone: nn.Module) -> None:
     """Run the backbone's layers through torch.compile, which fuses what lies between their matrix products.
 
     They are equal, so one is compiled for all; word vectors stay outside, and may be looked up in any way.
-    Shapes are left open, since the chunks of a batch have many.
+    Shapes are left open, since the chunks of a batch have many. A last layer for first tokens only is left as it is:
+    it is another one, with little between its products.
     """
     count = backbone.config.num_hidden_layers  # type: ignore[union-attr]
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             for layer in module:
-                layer.compile(dynamic=True)
+                if not is_for_first_tokens(layer):
+                    layer.compile(dynamic=True)
 
 
 def freeze_positions(module: nn.Module) -> int:
