@@ -6,6 +6,7 @@ relative bias inside its own attention, keeps its own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ def attention(
     first_only: queries are there for the first token of each text alone.
     """
     if segments is not None:
-        attend = _varlen if query.is_cuda else _segment_by_segment
+        attend = _varlen if query.is_cuda else _run_by_run
         # not [0], whose gradient is a copy into zeros
         query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         return attend(query, key, value, segments, scaling, first_only)[None], None
@@ -174,16 +175,22 @@ def _varlen(
     return attended
 
 
-def _segment_by_segment(
+def _run_by_run(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, first_only: bool
 ) -> Tensor:
-    """The same on the host, where there is no such kernel: one SDPA call per text."""
-    sizes = segments.offsets.diff().tolist()
-    queries = query.split([1] * len(sizes) if first_only else sizes)
-    outputs = []
-    for texts in zip(queries, key.split(sizes), value.split(sizes), strict=True):
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in texts)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling)[0].transpose(0, 1))
+    """The same on the host, where there is no such kernel: one SDPA call for neighbours of the same length.
+
+    Texts of a chunk are sorted by length, so calls are few, and without padding they need no mask.
+    """
+    outputs, begin, text = [], 0, 0
+    for length, run in itertools.groupby(segments.offsets.diff().tolist()):
+        texts = sum(1 for _ in run)
+        end = begin + texts * length
+        asked = query[text : text + texts] if first_only else query[begin:end]
+        alike = (tensor.unflatten(0, (texts, -1)) for tensor in (asked, key[begin:end], value[begin:end]))
+        rows = (tensor.transpose(1, 2) for tensor in alike)
+        outputs.append(F.scaled_dot_product_attention(*rows, scale=scaling).transpose(1, 2).flatten(0, 1))
+        begin, text = end, text + texts
     return torch.cat(outputs)
 
 

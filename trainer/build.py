@@ -153,13 +153,18 @@ def _compiled(config: Config, engine: Engine, packed: bool) -> bool:
 
 
 def _packed(config: Config, encoder: Encoder | CrossEncoder, device: torch.device) -> bool:
-    """Whether texts are fed without padding: where the family and, on CUDA, the kernel's half precision allow it."""
+    """Whether texts are fed without padding: where the family and, on CUDA, the kernel's half precision allow it.
+
+    On a CPU only when it is asked for: packed texts are trained without dropout of attention weights.
+    """
     wanted, family = config.model.attention, encoder.backbone.config.model_type
     half = device.type != "cuda" or config.precision == "bf16"
     if wanted == "packed" and not (encoder.packable and half):
         reason = f"{family} cannot run packed" if half else "its kernel needs precision=bf16"
         raise UserError(f"model.attention=packed: {reason}; use auto or padded")
-    return wanted == "packed" or (wanted == "auto" and may_pack(encoder, device, config.precision))
+    return wanted == "packed" or (
+        wanted == "auto" and device.type == "cuda" and may_pack(encoder, device, config.precision)
+    )
 
 
 def _flops_per_token(trained: torch.nn.Module, engine: Engine) -> float:

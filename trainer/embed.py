@@ -91,8 +91,8 @@ def encode(
 
 
 def may_pack(encoder: Encoder | CrossEncoder, device: torch.device, precision: str) -> bool:
-    """Whether texts are read without padding: on a GPU, in the types that the kernel for that has."""
-    return device.type == "cuda" and precision in ("bf16", "fp16") and encoder.packable
+    """Whether texts are read without padding: on a GPU in the types that its kernel has, on a CPU in all."""
+    return encoder.packable and (device.type == "cpu" or (device.type == "cuda" and precision in ("bf16", "fp16")))
 
 
 def forwards(
