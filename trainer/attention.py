@@ -187,9 +187,8 @@ def _run_by_run(
         texts = sum(1 for _ in run)
         end = begin + texts * length
         asked = query[text : text + texts] if first_only else query[begin:end]
-        alike = (tensor.unflatten(0, (texts, -1)) for tensor in (asked, key[begin:end], value[begin:end]))
-        rows = (tensor.transpose(1, 2) for tensor in alike)
-        outputs.append(F.scaled_dot_product_attention(*rows, scale=scaling).transpose(1, 2).flatten(0, 1))
+        q, k, v = (rows.unflatten(0, (texts, -1)).transpose(1, 2) for rows in (asked, key[begin:end], value[begin:end]))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
         begin, text = end, text + texts
     return torch.cat(outputs)
 
