@@ -144,6 +144,7 @@ def test_an_exports_backbone_gives_every_token_again(tmp_path: Path) -> None:
     ids, mask = pad(texts(), ROWS, 0)
     assert encoder.backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state.shape[:2] == ids.shape
     assert encoder(ids, mask).shape == (len(LENGTHS), encoder.size)
+    assert not encoder.packable, "common attention would let packed texts see each other"
 
 
 def test_it_is_left_out_of_what_is_compiled(tmp_path: Path) -> None:

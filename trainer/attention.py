@@ -50,8 +50,8 @@ def pack(tokens: Ragged, rows: Rows) -> tuple[Tensor, Segments]:
 
 
 def is_packable(backbone: PreTrainedModel) -> bool:
-    """Whether texts may be packed into one row of it."""
-    return backbone.config.model_type in _FAMILIES
+    """Whether texts may be packed into one row of it: whether `use_own_attention` could change it."""
+    return bool(backbone.config._attn_implementation == _OWN)
 
 
 def feed(
@@ -76,7 +76,7 @@ def feed(
 
 def use_own_attention(backbone: PreTrainedModel) -> None:
     """Route attention through the function below, in the families where it can be; the others keep theirs."""
-    if is_packable(backbone):
+    if backbone.config.model_type in _FAMILIES:
         backbone.set_attn_implementation(_OWN)
 
 
