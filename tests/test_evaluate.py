@@ -344,15 +344,17 @@ def test_encoding_leaves_no_trace_and_runs_as_many_forwards_as_all_ranks(tmp_pat
     shapes = []
     model.encoder.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
     model.encoder.train()
-    done: list[float] = []
+    done: list[tuple[float, int]] = []
 
     def count(texts: float, tokens: int = 0) -> None:
-        done.append(texts)
+        done.append((texts, tokens))
 
     vectors = encode_texts(model, TEXTS, agree_max=lambda chunks: chunks + 2, progress=count)
     assert model.encoder.training
     assert not vectors.requires_grad
-    assert sum(done) == pytest.approx(len(TEXTS)) == sum(rows for rows, _ in shapes[:-2])
+    texts, tokens = map(sum, zip(*done, strict=True))
+    assert texts == len(TEXTS)
+    assert shapes[:-2] == [(1, tokens)], "packed, in one chunk"
     assert shapes[-2:] == [(1, 1), (1, 1)]
     model.encoder.eval()
     assert torch.equal(vectors, encode_texts(model, TEXTS))
