@@ -128,7 +128,9 @@ def test_what_is_once_a_text_is_all_of_the_layer_but_keys_and_values(tmp_path: P
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_other_poolings_read_every_token(pooling: str, tmp_path: Path) -> None:
-    encoder = Encoder(AutoModel.from_pretrained(tiny.bert(tmp_path)), pooling)
+    """Also where the backbone was another encoder's before."""
+    before = Encoder(AutoModel.from_pretrained(tiny.bert(tmp_path)), "cls")
+    encoder = Encoder(before.backbone, pooling)
     assert not reads_first_tokens(encoder.backbone)
     assert once_a_text(encoder.backbone) == []
 

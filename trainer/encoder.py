@@ -21,7 +21,7 @@ from data.errors import UserError
 from data.tokens import load_tokenizer
 from trainer.attention import Segments, is_packable, use_own_attention
 from trainer.dropout import use_own_dropout
-from trainer.firsttoken import is_for_first_tokens, read_first_tokens, reads_first_tokens
+from trainer.firsttoken import is_for_first_tokens, read_all_tokens, read_first_tokens, reads_first_tokens
 
 transformers_logging.disable_progress_bar()  # its bar for loading weights fills a log with carriage returns
 
@@ -48,8 +48,8 @@ class Encoder(nn.Module):
         self.first_position = first_position(backbone)
         use_own_attention(backbone)
         use_own_dropout(backbone)
-        if pooling == "cls":
-            read_first_tokens(backbone)
+        change = read_first_tokens if pooling == "cls" else read_all_tokens
+        change(backbone)
 
     @property
     def size(self) -> int:
