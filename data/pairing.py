@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from data.errors import UserError
 from data.settings import key
@@ -65,11 +66,11 @@ class PairEncoder:
         self.tokenizer_fingerprint = fingerprint(tokenizer)
         self._around_query = _around(template.query, "query")
         self._around_passage = _around(template.passage, "passage")
-        self._frame = _frame(tokenizer)
+        self._encoder = TextEncoder(tokenizer, max_length)
+        self._frame = _frame(self._encoder.backend)
         self._specials = sum(map(len, self._frame))
         _check_room(self.settings, self._specials)
-        self._encoder = TextEncoder(tokenizer, max_length)
-        self._check(tokenizer)
+        self._check()
 
     def encode(self, queries: Sequence[str], passages: Sequence[str]) -> Ragged:
         """The rows of n pairs: queries[i] with passages[i]."""
@@ -114,10 +115,10 @@ class PairEncoder:
         text = orjson.dumps(asdict(self.settings), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
         (folder / SETTINGS_FILE).write_bytes(text)
 
-    def _check(self, tokenizer: Any) -> None:
+    def _check(self) -> None:
         """Compare with the tokenizer's own pairs on a few texts: this refuses one whose texts change each other."""
         pairs = list(itertools.product(_SAMPLES, repeat=2))
-        wanted = ragged([encoding.ids for encoding in stateless_copy(tokenizer).encode_batch(pairs)])
+        wanted = ragged([encoding.ids for encoding in self._encoder.backend.encode_batch(pairs)])
         first, second = (self._encoder.body(texts) for texts in zip(*pairs, strict=True))
         joined = self._framed(first, second)
         if not (np.array_equal(joined.lengths, wanted.lengths) and np.array_equal(joined.ids, wanted.ids)):
@@ -173,9 +174,8 @@ def _check_room(settings: PairSettings, specials: int) -> None:
         )
 
 
-def _frame(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+def _frame(backend: Tokenizer) -> tuple[list[int], list[int], list[int]]:
     """The special tokens before, between and behind the two texts of a pair."""
-    backend = stateless_copy(tokenizer)
     text = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", "a").ids
     starts = [n for n in range(len(whole)) if whole[n : n + len(text)] == text]

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from data.errors import NumericError, UserError
-from data.tokens import Ragged, TextEncoder, concat
+from data.tokens import Ragged, concat
 from data.tokens import fingerprint as tokenizer_fingerprint
 from trainer import checkpoint
 from trainer.attention import feed
@@ -147,9 +147,8 @@ def encode_texts(
 
     The other arguments are those of `encode`.
     """
-    cutter = TextEncoder(model.tokenizer, model.max_length)
     starts = range(0, len(texts), _TEXTS_PER_PIECE)
-    tokens = concat([cutter.encode(texts[start : start + _TEXTS_PER_PIECE], prompt) for start in starts])
+    tokens = concat([model.text_encoder.encode(texts[start : start + _TEXTS_PER_PIECE], prompt) for start in starts])
     return encode(
         model.encoder,
         tokens,

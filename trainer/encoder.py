@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from data.tokens import load_tokenizer
+from data.tokens import TextEncoder, load_tokenizer
 from trainer.attention import Segments, is_packable, use_own_attention
 from trainer.dropout import use_own_dropout
 from trainer.firsttoken import is_for_first_tokens, read_all_tokens, read_first_tokens, reads_first_tokens
@@ -163,6 +164,11 @@ class Model:
     @property
     def normalize(self) -> bool:
         return self.encoder.normalize
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """Texts to ids, cut to the model's length. Made once: it can take longer than to embed a few texts."""
+        return TextEncoder(self.tokenizer, self.max_length)
 
 
 def build_random(architecture: str, vocab_size: int, padding_id: int, **sizes: Any) -> PreTrainedModel:

@@ -10,7 +10,6 @@ from functools import cached_property
 from torch import Tensor
 
 from data.records import normalise
-from data.tokens import TextEncoder
 from trainer.embed import Embedder, progress_bar
 from trainer.topk import top_k
 
@@ -48,7 +47,8 @@ class Finder:
     def __call__(self, question: str, k: int) -> Found:
         """The min(k, m) nearest passages. Raises NumericError when the model gives no finite vector."""
         begin = time.perf_counter()
-        tokens = self._tokenizer.encode([normalise(question)], self.embedder.model.query_prompt)
+        model = self.embedder.model
+        tokens = model.text_encoder.encode([normalise(question)], model.query_prompt)
         vector = self.embedder.tokens(tokens)
         embedded = time.perf_counter()
         scores, numbers = top_k(vector, self.vectors, k, device=self.embedder.device)
@@ -59,11 +59,6 @@ class Finder:
             embedding=embedded - begin,
             searching=time.perf_counter() - embedded,
         )
-
-    @cached_property
-    def _tokenizer(self) -> TextEncoder:
-        """Made once: for a vocabulary of 250,000 that takes longer than a question."""
-        return TextEncoder(self.embedder.model.tokenizer, self.embedder.model.max_length)
 
     @cached_property
     def _mean(self) -> Tensor:
