@@ -365,7 +365,7 @@ def test_encoding_leaves_no_trace_and_runs_as_many_forwards_as_all_ranks(tmp_pat
 
 
 def test_a_model_copies_its_tokenizer_once_for_all_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For 250,000 pieces a copy takes over a second, and a benchmark embeds hundreds of small pieces."""
+    """For 250,000 pieces a copy takes a second, and a benchmark embeds hundreds of small pieces."""
     copied = Mock(wraps=stateless_copy)
     monkeypatch.setattr("data.tokens.stateless_copy", copied)
     model = open_model(tiny.bert(tmp_path / "model"))
